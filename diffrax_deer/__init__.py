@@ -1,0 +1,33 @@
+"""Differential equations and recurrences solved in parallel over time.
+
+Newton's method on a whole trajectory (DEER, arXiv:2309.12252) inside diffrax.
+"""
+
+import importlib.metadata
+
+from ._affine_scan import (
+    AbstractScan as AbstractScan,
+    AssociativeScan as AssociativeScan,
+    SequentialScan as SequentialScan,
+)
+from ._controller import WholeInterval as WholeInterval
+from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
+from ._linearization import (
+    AbstractLinearization as AbstractLinearization,
+    DiagonalJacobian as DiagonalJacobian,
+    FullJacobian as FullJacobian,
+    Picard as Picard,
+    PiecewiseConstant as PiecewiseConstant,
+    StepMap as StepMap,
+)
+from ._newton import (
+    AbstractForward as AbstractForward,
+    ParallelForward as ParallelForward,
+    SequentialForward as SequentialForward,
+)
+from ._solver import (
+    DEERSolver as DEERSolver,
+    WindowState as WindowState,
+)
+
+__version__ = importlib.metadata.version("diffrax_deer")

@@ -1,0 +1,145 @@
+r"""Step maps from diffrax's solvers: $\Phi$ is one step of the solver.
+
+The result of a solve is then the sequential result of that solver on the same grid.
+Everything is done on a flat, real state: pytrees are ravelled here and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
+
+# How `diffrax` marks a root finder whose tolerances are still to be filled in.
+_TO_BE_FILLED_IN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
+
+
+def ravel(y: Y) -> tuple[State, Callable[[State], Y]]:
+    """The leaves of `y` as one real vector, and the way back.
+
+    Complex leaves become their real and imaginary parts. The vector has the widest
+    floating type of the leaves, at least float32; each leaf gets its own type back.
+    Unlike `jax.flatten_util.ravel_pytree` it takes mixed types under strict promotion.
+    """
+    leaves, treedef = jax.tree.flatten(y)
+    leaves = [jnp.asarray(x) for x in leaves]
+    reals = [jnp.finfo(x.dtype).dtype for x in leaves]
+    dtype = max([*reals, jnp.dtype("float32")], key=lambda d: jnp.finfo(d).bits)
+
+    def flatten(x: Array) -> Array:
+        parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+        return jnp.concatenate([part.reshape(-1).astype(dtype) for part in parts])
+
+    def unravel(flat: State) -> Y:
+        out, start = [], 0
+        for x, real in zip(leaves, reals, strict=True):
+            width = x.size * (2 if jnp.iscomplexobj(x) else 1)
+            part = flat[start : start + width].astype(real)
+            if jnp.iscomplexobj(x):
+                part = jax.lax.complex(part[: x.size], part[x.size :])
+            out.append(part.reshape(x.shape))
+            start += width
+        return jax.tree.unflatten(treedef, out)
+
+    flat = jnp.concatenate([flatten(x) for x in leaves]) if leaves else jnp.zeros(0)
+    return flat, unravel
+
+
+def rounding(y: Y) -> float:
+    """The rounding unit of the coarsest floating type in `y`."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(y)] or [jnp.dtype("float32")]
+    return max(float(jnp.finfo(d).eps) for d in dtypes)
+
+
+def prepare(solver: diffrax.AbstractSolver, tolerance: float) -> diffrax.AbstractSolver:
+    """`solver` made ready to be differentiated in both modes and to be exact.
+
+    Its stages run in a loop that admits forward and reverse mode (diffrax's adjoints
+    see to that only for the solver they are given); a root finder that would take its
+    tolerances from the step size controller gets `tolerance`: the result of a step has
+    to be a smooth function of the state, not only good enough for the controller.
+    """
+    if type(solver) is diffrax.HalfSolver:
+        return diffrax.HalfSolver(prepare(solver.solver, tolerance))
+    if isinstance(solver, diffrax.AbstractRungeKutta) and solver.scan_kind is None:
+        is_none = lambda x: x is None
+        solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=is_none)
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        filled_in = {"rtol": tolerance, "atol": tolerance, "norm": optx.max_norm}
+        for name, value in filled_in.items():
+            where = lambda s, name=name: getattr(s.root_finder, name)
+            if where(solver) is _TO_BE_FILLED_IN:
+                solver = eqx.tree_at(where, solver, value)
+    return solver
+
+
+class SolverStep(eqx.Module):
+    """One step of a diffrax solver on the flat state; `x` is the pair of its times."""
+
+    solver: diffrax.AbstractSolver
+    terms: PyTree[diffrax.AbstractTerm]
+    args: Args
+    unravel: Callable[[State], Y] = eqx.field(static=True)
+
+    def increment(
+        self, x: tuple[RealScalarLike, RealScalarLike], y: State
+    ) -> State:
+        """The vector field in the middle of the step, times the length of the step."""
+        t0, t1 = x
+        control = self.terms.contr(t0, t1)
+        middle = t0 + (t1 - t0) / 2
+        return self._product(middle, y, control)
+
+    def _product(self, t: RealScalarLike, y: State, control: PyTree[Any]) -> State:
+        # In terms of controls, not of `t1 - t0`: backwards in time the sign is there.
+        out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
+        return ravel(out)[0].astype(y.dtype)
+
+    def step(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
+        """The state at the end of the step."""
+        return self.full(x, y)[0]
+
+    def full(
+        self, x: tuple[RealScalarLike, RealScalarLike], y: State
+    ) -> tuple[State, State | None, DenseInfo, diffrax.RESULTS]:
+        """A step with its error estimate, dense information and result."""
+        # `type(...)`: a wrapped solver answers `isinstance` in the name of its inner one.
+        explicit = issubclass(type(self.solver), diffrax.AbstractERK)
+        return self._explicit(x, y) if explicit else self._general(x, y)
+
+    def _general(self, x, y):
+        t0, t1 = x
+        y0 = self.unravel(y)
+        state = self.solver.init(self.terms, t0, t1, y0, self.args)
+        y1, y_error, dense_info, _, result = self.solver.step(
+            self.terms, t0, t1, y0, self.args, state, made_jump=False
+        )
+        error = None if y_error is None else ravel(y_error)[0]
+        return ravel(y1)[0], error, dense_info, result
+
+    def _explicit(self, x, y):
+        # Unrolled: diffrax runs the stages in a loop, which costs twice the time
+        # forward and about ten times in a Jacobian.
+        t0, t1 = x
+        tableau = self.solver.tableau
+        control = self.terms.contr(t0, t1)
+        weighted = lambda weights, ks: sum(
+            (float(w) * k for w, k in zip(weights, ks, strict=True) if w != 0),
+            start=jnp.zeros_like(y),
+        )
+        stage, ks = y, [self._product(t0, y, control)]
+        for a, c in zip(tableau.a_lower, tableau.c, strict=True):
+            t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
+            stage = y + weighted(a, ks)
+            ks.append(self._product(t, stage, control))
+        y1 = stage if tableau.ssal else y + weighted(tableau.b_sol, ks)
+        stacked = jax.vmap(self.unravel)(jnp.stack(ks))
+        dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1), "k": stacked}
+        error = weighted(tableau.b_error, ks)
+        return y1, error, dense_info, diffrax.RESULTS.successful
