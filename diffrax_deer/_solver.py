@@ -69,8 +69,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     - `solver`: the step map, any one-step diffrax solver of ordinary differential
         equations: `Euler` to `Dopri8`, `Kvaerno3` to `Kvaerno5`, `ImplicitEuler`,
-        `ExponentialRosenbrockEuler`... An implicit solver without tolerances for its
-        root finder gets those of this solver.
+        `ExponentialRosenbrockEuler`... An implicit solver whose root finder has no
+        tolerances of its own gets `optimistix.Newton` with those of this solver.
     - `num_steps`: the steps of one window, N.
     - `linearization`: the transitions of the iteration, see `PiecewiseConstant`.
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan` on a

@@ -61,9 +61,10 @@ def prepare(solver: diffrax.AbstractSolver, tolerance: float) -> diffrax.Abstrac
     """`solver` made ready to be differentiated in both modes and to be exact.
 
     Its stages run in a loop that admits forward and reverse mode (diffrax's adjoints
-    see to that only for the solver they are given); a root finder that would take its
-    tolerances from the step size controller gets `tolerance`: the result of a step has
-    to be a smooth function of the state, not only good enough for the controller.
+    see to that only for the solver they are given). A root finder that would take its
+    tolerances from the step size controller becomes Newton's method with `tolerance`:
+    the result of a step has to be a smooth function of the state, not only good enough
+    for the controller.
     """
     if type(solver) is diffrax.HalfSolver:
         return diffrax.HalfSolver(prepare(solver.solver, tolerance))
@@ -71,11 +72,10 @@ def prepare(solver: diffrax.AbstractSolver, tolerance: float) -> diffrax.Abstrac
         is_none = lambda x: x is None
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=is_none)
     if isinstance(solver, diffrax.AbstractImplicitSolver):
-        filled_in = {"rtol": tolerance, "atol": tolerance, "norm": optx.max_norm}
-        for name, value in filled_in.items():
-            where = lambda s, name=name: getattr(s.root_finder, name)
-            if where(solver) is _TO_BE_FILLED_IN:
-                solver = eqx.tree_at(where, solver, value)
+        if solver.root_finder.rtol is _TO_BE_FILLED_IN:
+            # Not `VeryChord`: near rounding it mistakes noise for divergence.
+            root_finder = optx.Newton(rtol=tolerance, atol=tolerance)
+            solver = eqx.tree_at(lambda s: s.root_finder, solver, root_finder)
     return solver
 
 
