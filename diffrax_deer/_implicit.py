@@ -95,7 +95,7 @@ def solve(
     """
     if y0.size == 0:
         zero = jnp.zeros((), guess.dtype)
-        statistics = Statistics(jnp.array(0), zero, optx.RESULTS.successful)
+        statistics = Statistics(jnp.array(0, int), zero, optx.RESULTS.successful)
         return guess, statistics
     x = jax.tree.map(lambda x: x[0], xs)
     convert = lambda f: None if f is None else eqx.filter_closure_convert(f, x, y0)

@@ -107,7 +107,7 @@ class NewtonIteration(eqx.Module):
         """Solves the recurrence from `y0`, `(state,)`, along `guess`, `(time, state)`."""
         num_steps = len(guess)
         limit = num_steps if self.max_iterations is None else self.max_iterations
-        zero = jnp.array(0)
+        zero = jnp.array(0, int)
 
         def unfinished(carry):
             _, num_final, num_iterations, lost = carry
@@ -177,4 +177,4 @@ class SequentialForward(AbstractForward):
             jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
         zero = jnp.zeros((), ys.dtype)
-        return ys, Statistics(jnp.array(0), zero, result)
+        return ys, Statistics(jnp.array(0, int), zero, result)

@@ -70,7 +70,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     - `solver`: the step map, any one-step diffrax solver of ordinary differential
         equations: `Euler` to `Dopri8`, `Kvaerno3` to `Kvaerno5`, `ImplicitEuler`,
         `ExponentialRosenbrockEuler`... An implicit solver whose root finder has no
-        tolerances of its own gets `optimistix.Newton` with those of this solver.
+        tolerances of its own gets `optimistix.Newton`, converged to rounding.
     - `num_steps`: the steps of one window, N.
     - `linearization`: the transitions of the iteration, see `PiecewiseConstant`.
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan` on a
@@ -190,7 +190,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         ts = self._grid(t0, t1)
         ys = jnp.broadcast_to(flat, (len(ts), flat.size))
         zero = jnp.zeros((), flat.dtype)
-        state = WindowState(ts, ys, jnp.array(0), zero)
+        state = WindowState(ts, ys, jnp.array(0, int), zero)
         return lax.stop_gradient(state)
 
     def _iteration(self, y0: Y) -> NewtonIteration:
@@ -232,7 +232,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         del made_jump
         iteration = self._iteration(y0)
         flat, unravel = ravel(y0)
-        inner = SolverStep(prepare(self.solver, iteration.rtol), terms, args, unravel)
+        inner = SolverStep(prepare(self.solver, rounding(y0)), terms, args, unravel)
         ts = self._grid(t0, t1)
         xs = ts[:-1], ts[1:]
         ys, statistics = solve(

@@ -57,24 +57,25 @@ def rounding(y: Y) -> float:
     return max(float(jnp.finfo(d).eps) for d in dtypes)
 
 
-def prepare(solver: diffrax.AbstractSolver, tolerance: float) -> diffrax.AbstractSolver:
+def prepare(solver: diffrax.AbstractSolver, eps: float) -> diffrax.AbstractSolver:
     """`solver` made ready to be differentiated in both modes and to be exact.
 
     Its stages run in a loop that admits forward and reverse mode (diffrax's adjoints
     see to that only for the solver they are given). A root finder that would take its
-    tolerances from the step size controller becomes Newton's method with `tolerance`:
-    the result of a step has to be a smooth function of the state, not only good enough
-    for the controller.
+    tolerances from the step size controller becomes Newton's method, converged to
+    rounding `eps`: the result of a step has to be a smooth function of the state, not
+    only good enough for the controller.
     """
     if type(solver) is diffrax.HalfSolver:
-        return diffrax.HalfSolver(prepare(solver.solver, tolerance))
+        return diffrax.HalfSolver(prepare(solver.solver, eps))
     if isinstance(solver, diffrax.AbstractRungeKutta) and solver.scan_kind is None:
         is_none = lambda x: x is None
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=is_none)
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         if solver.root_finder.rtol is _TO_BE_FILLED_IN:
-            # Not `VeryChord`: near rounding it mistakes noise for divergence.
-            root_finder = optx.Newton(rtol=tolerance, atol=tolerance)
+            # Quadratic: a last update of sqrt(eps) leaves an error of order eps. Not
+            # `VeryChord`, which near rounding mistakes noise for divergence.
+            root_finder = optx.Newton(rtol=eps**0.5, atol=eps**0.5)
             solver = eqx.tree_at(lambda s: s.root_finder, solver, root_finder)
     return solver
 

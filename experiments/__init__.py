@@ -1,0 +1,1 @@
+"""Experiments on real data: one folder each, with `common` shared between them."""

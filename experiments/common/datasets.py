@@ -1,0 +1,302 @@
+"""Image classification data, through TensorFlow Datasets (TFDS) but without TensorFlow.
+
+Two data sets are known to `load`:
+
+- `digits`: scikit-learn's bundled images, 8x8 pixels. Needs no network.
+- `mnist`: the original MNIST files, 28x28 pixels, downloaded on first use.
+
+TFDS prepares each once below a data directory and reads it back with random access.
+An interrupted preparation leaves only an `incomplete.*` folder, which is never read.
+"""
+
+import gzip
+import json
+import queue
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+_NUM_CLASSES = 10
+_CONNECTION_TIMEOUT = 3.0  # seconds
+
+
+def _info(
+    builder: tfds.core.DatasetBuilder, description: str, num_features: int
+) -> tfds.core.DatasetInfo:
+    # A plain tensor: TFDS's image feature would compress every image as PNG.
+    image = tfds.features.Tensor(shape=(num_features,), dtype=np.uint8)
+    label = tfds.features.ClassLabel(num_classes=_NUM_CLASSES)
+    features = tfds.features.FeaturesDict({"image": image, "label": label})
+    return tfds.core.DatasetInfo(
+        builder=builder, description=description, features=features
+    )
+
+
+def _generate(
+    images: UInt8[np.ndarray, "example height width"],
+    labels: np.ndarray,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield key, {"image": image.ravel(), "label": int(label)}
+
+
+def _read_idx(path: Path, num_axes: int) -> UInt8[np.ndarray, "..."]:
+    """Reads a gzipped idx file of bytes.
+
+    The header is big-endian: 0x0800 (bytes) plus the number of axes, then the length of
+    each axis.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+        magic, *shape = struct.unpack_from(f">{1 + num_axes}I", content)
+        values = np.frombuffer(content, np.uint8, offset=4 * (1 + num_axes))
+        values = values.reshape(shape)
+    except (EOFError, OSError, ValueError, struct.error, zlib.error) as error:
+        msg = f"{path} is damaged ({error}). Delete it, then run again to download it."
+        raise ValueError(msg) from error
+    if magic != 0x0800 + num_axes:
+        msg = (
+            f"{path} is not an idx file of bytes with {num_axes} axes (it starts with "
+            f"{magic:#010x}). Delete it, then run again to download it."
+        )
+        raise ValueError(msg)
+    return values
+
+
+def _find_connection_error(url: str) -> Exception | None:
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def probe() -> None:
+        try:
+            requests.head(url, timeout=_CONNECTION_TIMEOUT).raise_for_status()
+        except requests.RequestException as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    # The timeout of `requests` does not cover the name look-up, which cannot be
+    # interrupted either; a daemon thread holds up neither this function nor the exit.
+    threading.Thread(target=probe, daemon=True).start()
+    try:
+        return outcome.get(timeout=_CONNECTION_TIMEOUT)
+    except queue.Empty:
+        return TimeoutError(f"no answer within {_CONNECTION_TIMEOUT:g} s")
+
+
+def _downloaded_urls(download_dir: Path) -> set[str]:
+    """Reads the `INFO` files that TFDS writes next to complete downloads."""
+    infos = download_dir.rglob("*.INFO")
+    complete = [info for info in infos if info.with_suffix("").exists()]
+    return {url for info in complete for url in json.loads(info.read_text())["urls"]}
+
+
+class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """1797 images of 8x8 pixels with values from 0 to 16."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    max_pixel = 16
+    num_test = 360
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _info(self, "Handwritten digits bundled with scikit-learn.", 8 * 8)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        del dl_manager
+        # Slow to import, and not needed once the data is prepared.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        images = images.astype(np.uint8).reshape(-1, 8, 8)
+        train_images, test_images, train_labels, test_labels = train_test_split(
+            images, labels, test_size=self.num_test, random_state=0, stratify=labels
+        )
+        return {
+            "train": self._generate_examples(train_images, train_labels),
+            "test": self._generate_examples(test_images, test_labels),
+        }
+
+    def _generate_examples(self, images, labels):
+        return _generate(images, labels)
+
+
+class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """70000 images of 28x28 pixels with values from 0 to 255.
+
+    TFDS's own builder of this name needs TensorFlow to unpack the files, and takes
+    minutes to notice that there is no network. Unregistered, ours does not clash with
+    it.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    max_pixel = 255
+    url = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+    files = (
+        "train-images-idx3-ubyte.gz",
+        "train-labels-idx1-ubyte.gz",
+        "t10k-images-idx3-ubyte.gz",
+        "t10k-labels-idx1-ubyte.gz",
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _info(self, "The MNIST database of handwritten digits.", 28 * 28)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        self._check_obtainable(Path(dl_manager.download_dir))
+        paths: Any = dl_manager.download([self.url + file for file in self.files])
+        train_images, train_labels, test_images, test_labels = paths
+        return {
+            "train": self._generate_examples(train_images, train_labels),
+            "test": self._generate_examples(test_images, test_labels),
+        }
+
+    def _generate_examples(self, images, labels):
+        return _generate(_read_idx(images, num_axes=3), _read_idx(labels, num_axes=1))
+
+    def _check_obtainable(self, download_dir: Path) -> None:
+        # TFDS takes a file from this folder if there is one of the right name.
+        manual_dir = download_dir / "manual"
+        downloaded = _downloaded_urls(download_dir)
+        missing = [
+            file
+            for file in self.files
+            if self.url + file not in downloaded and not (manual_dir / file).exists()
+        ]
+        if not missing:
+            return
+        error = _find_connection_error(self.url + missing[0])
+        if error is not None:
+            msg = (
+                f"MNIST cannot be downloaded: {self.url} cannot be reached. Use "
+                f"`--dataset digits`, which needs no network, or put "
+                f"{', '.join(missing)} into {manual_dir}."
+            )
+            raise ConnectionError(msg) from error
+
+
+_BUILDERS: dict[str, type[Digits] | type[Mnist]] = {"digits": Digits, "mnist": Mnist}
+
+
+def _prepared(name: str, data_dir: Path) -> Digits | Mnist:
+    builder = _BUILDERS[name](data_dir=data_dir)
+    download_config = tfds.download.DownloadConfig(
+        try_download_gcs=False,
+        # TFDS ships checksums of the MNIST files, and checks what it knows; should it
+        # stop shipping them, this refuses the files rather than take them unchecked.
+        force_checksums_validation=True,
+    )
+    try:
+        # Not Parquet, which silently loses rows.
+        builder.download_and_prepare(
+            download_config=download_config, file_format="array_record"
+        )
+    except OSError:
+        # Another process may have prepared the same data in the meantime, in which case
+        # the final renaming fails.
+        if not builder.data_path.exists():
+            raise
+    # Anew, to describe what is on disk now, whichever process wrote it.
+    return _BUILDERS[name](data_dir=data_dir)
+
+
+def _read(
+    builder: Digits | Mnist, split: str
+) -> tuple[Float32[np.ndarray, "example feature"], Int32[np.ndarray, " example"]]:
+    # A decorator of TFDS's hides the parameters from the type checker.
+    source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+    # One call for all examples takes half the time of iteration.
+    examples = source.__getitems__(range(len(source)))
+    images = np.stack([example["image"] for example in examples])
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return images.astype(np.float32) / np.float32(builder.max_pixel), labels
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification problem in memory, the images flattened and scaled to [0, 1]."""
+
+    name: str
+    num_classes: int
+    train_images: Float32[np.ndarray, "example feature"]
+    train_labels: Int32[np.ndarray, " example"]
+    test_images: Float32[np.ndarray, "example feature"]
+    test_labels: Int32[np.ndarray, " example"]
+
+
+def load(name: str, data_dir: Path) -> Dataset:
+    """Reads a data set, after preparing it if this is the first time.
+
+    Args:
+        name: `"digits"` or `"mnist"`.
+        data_dir: where TFDS keeps downloads and prepared data.
+
+    Returns:
+        The data, whose order is the same every time.
+
+    Raises:
+        ConnectionError: MNIST has to be downloaded and its host cannot be reached.
+        NonMatchingChecksumError: TFDS got other files than the original ones.
+        ValueError: there is no data set of this name, or a downloaded file is damaged.
+    """
+    if name not in _BUILDERS:
+        msg = f"Unknown data set {name!r}. Choose one of: {', '.join(_BUILDERS)}."
+        raise ValueError(msg)
+    builder = _prepared(name, data_dir)
+    train_images, train_labels = _read(builder, "train")
+    test_images, test_labels = _read(builder, "test")
+    return Dataset(
+        name=name,
+        num_classes=_NUM_CLASSES,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+
+
+def batches(
+    num_examples: int, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[Int64[np.ndarray, " batch"]]:
+    """Draws batches of example indices without end.
+
+    Every epoch is a permutation of its own that depends only on the seed and the number
+    of the epoch; its last, incomplete batch is dropped.
+
+    Args:
+        num_examples: how many examples there are.
+        batch_size: how many of them go into a batch.
+        seed: seed of the order.
+        start_step: number of batches to skip, at no cost; an interrupted run resumes
+            with what it would have drawn next.
+
+    Returns:
+        An infinite iterator over arrays of indices.
+    """
+    if not 1 <= batch_size <= num_examples:
+        msg = (
+            f"A batch of {batch_size} cannot be drawn from {num_examples} examples. "
+            f"Choose a batch size from 1 to {num_examples}."
+        )
+        raise ValueError(msg)
+    return _batches(num_examples, batch_size, seed, start_step)
+
+
+def _batches(
+    num_examples: int, batch_size: int, seed: int, start_step: int
+) -> Iterator[Int64[np.ndarray, " batch"]]:
+    batches_per_epoch = num_examples // batch_size
+    epoch, first = divmod(start_step, batches_per_epoch)
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+        for batch in range(first, batches_per_epoch):
+            yield order[batch * batch_size : (batch + 1) * batch_size]
+        epoch, first = epoch + 1, 0

@@ -1,0 +1,67 @@
+"""Figures of what was measured, drawn without a display."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.common.files import write_atomically
+from experiments.common.training import Record
+
+# The curves of methods that compute the same thing lie on top of each other: broken
+# lines of decreasing width let all of them be seen.
+_STYLES = (
+    {"color": "tab:orange", "linestyle": "-", "linewidth": 3.0},
+    {"color": "tab:blue", "linestyle": "--", "linewidth": 2.0},
+    {"color": "black", "linestyle": ":", "linewidth": 1.8},
+)
+
+
+def plot_training(
+    path: Path,
+    records: dict[str, Record],
+    metric: str,
+    metric_label: str,
+    loss_label: str,
+) -> None:
+    """Draws loss and a metric, against steps and against time.
+
+    Args:
+        path: where the image goes.
+        records: the methods by name.
+        metric: which entry of `Record.evaluations` to draw.
+        metric_label: its name on the axis, with the unit if it has one.
+        loss_label: the same for the loss.
+    """
+    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for index, (name, record) in enumerate(records.items()):
+        style = _STYLES[index % len(_STYLES)]
+        seconds = np.cumsum(record.step_seconds)
+        losses = _smooth(np.asarray(record.losses))
+        values = [evaluation[metric] for evaluation in record.evaluations]
+        steps = [evaluation["step"] for evaluation in record.evaluations]
+        times = [evaluation["seconds"] for evaluation in record.evaluations]
+        axes[0, 0].plot(np.arange(1, 1 + len(losses)), losses, **style, label=name)
+        axes[0, 1].plot(seconds, losses, **style, label=name)
+        axes[1, 0].plot(steps, values, **style, label=name, marker="o", markersize=4)
+        axes[1, 1].plot(times, values, **style, label=name, marker="o", markersize=4)
+    axes[0, 0].set(ylabel=loss_label, yscale="log")
+    axes[1, 0].set(ylabel=metric_label, xlabel="training steps")
+    axes[1, 1].set(xlabel="time in training steps (s), compilation excluded")
+    for ax in axes.flat:
+        _decorate(ax)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+
+
+def _smooth(values: np.ndarray, window: int = 10) -> np.ndarray:
+    """Averages over the last `window` values, or as many as there are."""
+    sums = np.cumsum(values)
+    sums[window:] -= sums[:-window].copy()
+    return sums / np.minimum(np.arange(1, 1 + len(values)), window)
+
+
+def _decorate(ax: Axes) -> None:
+    ax.grid(alpha=0.3)
+    ax.legend()

@@ -1,0 +1,47 @@
+"""Settings and fixtures of all tests."""
+
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Iterator
+
+# XLA shares one pool of threads between operations and the parallel parts of one
+# operation; on a machine with two cores the first can wait for the second for ever.
+# XLA reads the variable when its first client starts, hence before `jax` is imported.
+_FLAG = "--xla_cpu_multi_thread_eigen"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=false".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import Array  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The library has to work under the strictest settings; experiments run as scripts do.
+_RELAXED = ("test_datasets", "test_experiments")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__.split(".")[-1] in _RELAXED:
+        with (
+            jax.enable_x64(False),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
+            yield
+    else:
+        yield
+    # Compiled functions of one module are of no use to the next, but take memory.
+    jax.clear_caches()
+
+
+@pytest.fixture
+def getkey(request: pytest.FixtureRequest) -> Callable[[], Array]:
+    """A new random key at each call: the same in every run, another in every test."""
+    key = jax.random.key(zlib.crc32(request.node.name.encode()))
+    counter = itertools.count()
+    return lambda: jax.random.fold_in(key, next(counter))
