@@ -30,39 +30,44 @@ from ._linearization import StepMap, value_and_jacobian
 from ._newton import AbstractForward, NewtonIteration, Statistics
 
 
-def linearization_points(y0: State, ys: States, statistics: Statistics) -> States:
-    """The states before each step, `(time, state)`, at which it is safe to linearize.
+def linearization_points(
+    y0: State, xs: PyTree[Any], ys: States, statistics: Statistics, idle: PyTree[Any]
+) -> tuple[PyTree[Any], States]:
+    """The `x` and the state of each step, of leading axis `time`, to linearize at.
 
-    Where a solve has failed these are all `y0`: a controller that rejects the step
-    multiplies its derivatives by zero, and zero times NaN would be NaN.
+    Where a solve has failed, these are `idle` and `y0`: a controller that rejects the
+    step multiplies its derivatives by zero, and zero times NaN would be NaN.
     """
     failed = statistics.result != optx.RESULTS.successful
-    return jnp.where(failed, y0[None], shift(y0, ys))
+    if idle is not None:
+        xs = jax.tree.map(lambda x, i: jnp.where(failed, i, x), xs, idle)
+    return xs, jnp.where(failed, y0[None], shift(y0, ys))
 
 
 @eqx.filter_custom_jvp
-def _solve(step_map, y0, xs, *, guess, forward, iteration):
+def _solve(step_map, y0, xs, *, guess, forward, iteration, idle):
+    del idle
     return forward(step_map, y0, xs, guess, iteration)
 
 
 @_solve.def_jvp
-def _(primals, tangents, *, guess, forward, iteration):
+def _(primals, tangents, **kwargs):
     step_map, y0, xs = primals
-    solution = _solve(
-        step_map, y0, xs, guess=guess, forward=forward, iteration=iteration
-    )
+    solution = _solve(step_map, y0, xs, **kwargs)
     ys, statistics = solution
+    points = lambda y0, xs: linearization_points(y0, xs, ys, statistics, kwargs["idle"])
 
     def images(step_map, y0, xs):
         # `ys` is held fixed here; its own tangent is what the recurrence solves for.
-        return jax.vmap(step_map.step)(xs, linearization_points(y0, ys, statistics))
+        return jax.vmap(step_map.step)(*points(y0, xs))
 
     def jacobian(x, y):
         return value_and_jacobian(lambda y: step_map.step(x, y), y)[1]
 
     _, inhomogeneity = eqx.filter_jvp(images, primals, tangents)
-    jacobians = jax.vmap(jacobian)(xs, linearization_points(y0, ys, statistics))
-    ys_dot = affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
+    jacobians = jax.vmap(jacobian)(*points(y0, xs))
+    scan = kwargs["iteration"].scan
+    ys_dot = affine_recurrence(jacobians, inhomogeneity, scan=scan)
     return solution, (ys_dot, jax.tree.map(lambda _: None, statistics))
 
 
@@ -73,6 +78,7 @@ def solve(
     guess: States,
     forward: AbstractForward,
     iteration: NewtonIteration,
+    idle: PyTree[Any] = None,
 ) -> tuple[States, Statistics]:
     """Solves $y_n = \\Phi(x_n, y_{n-1})$ for all n, differentiably.
 
@@ -84,6 +90,8 @@ def solve(
     - `guess`: any trajectory, `(time, state)`; the result does not depend on it.
     - `forward`: how the forward pass is done.
     - `iteration`: Newton's method, and the scan that solves its linear system.
+    - `idle`: an `x` at which the step and its derivatives are finite for `y0`, used
+        instead of `xs` where the solve has failed. A step of length zero, for example.
 
     **Returns:**
 
@@ -107,4 +115,5 @@ def solve(
         guess=lax.stop_gradient(guess),
         forward=forward,
         iteration=iteration,
+        idle=lax.stop_gradient(idle),
     )

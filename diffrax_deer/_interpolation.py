@@ -24,13 +24,13 @@ class WindowInterpolation(diffrax.AbstractLocalInterpolation):
     infos: PyTree[Array]
     interpolation_cls: Callable = eqx.field(static=True)
 
-    def _step(self, t: RealScalarLike, left: bool) -> diffrax.AbstractLocalInterpolation:
+    def _step(
+        self, t: RealScalarLike, left: bool
+    ) -> diffrax.AbstractLocalInterpolation:
         side = "left" if left else "right"
         index = jnp.searchsorted(self.ts[1:-1], t, side=side)
         info = jax.tree.map(lambda x: x[index], self.infos)
-        return self.interpolation_cls(
-            t0=self.ts[index], t1=self.ts[index + 1], **info
-        )
+        return self.interpolation_cls(t0=self.ts[index], t1=self.ts[index + 1], **info)
 
     def evaluate(
         self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True

@@ -16,7 +16,7 @@ from ._implicit import linearization_points, solve
 from ._interpolation import WindowInterpolations
 from ._linearization import AbstractLinearization, PiecewiseConstant, StepMap
 from ._newton import AbstractForward, NewtonIteration, ParallelForward
-from ._step_map import SolverStep, prepare, ravel, rounding
+from ._step_map import SolverStep, prepare, ravel, rounding, widest
 
 # Their steps carry more than the state from one to the next, or need a noise.
 _NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
@@ -163,9 +163,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The vector field."""
         return self.solver.func(terms, t0, y0, args)
 
-    def _grid(
-        self, t0: RealScalarLike, t1: RealScalarLike
-    ) -> Float[Array, " time+1"]:
+    def _grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " time+1"]:
         return jnp.linspace(t0, t1, self.num_steps + 1)
 
     def init(
@@ -210,7 +208,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         state: WindowState,
     ) -> Float[Array, "time state"]:
         if self.guess is None:
-            interpolate = lambda y: jnp.interp(ts[1:], state.ts, y)
+            dtype = widest(ts.dtype, state.ys.dtype)
+            old, new = state.ts.astype(dtype), ts[1:].astype(dtype)
+            interpolate = lambda y: jnp.interp(new, old, y.astype(dtype))
             return jax.vmap(interpolate, in_axes=1, out_axes=1)(state.ys)
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
@@ -234,7 +234,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         flat, unravel = ravel(y0)
         inner = SolverStep(prepare(self.solver, rounding(y0)), terms, args, unravel)
         ts = self._grid(t0, t1)
-        xs = ts[:-1], ts[1:]
+        xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
         ys, statistics = solve(
             StepMap(inner.step, inner.increment),
             flat,
@@ -242,11 +242,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             self._guess(terms, ts, y0, solver_state).astype(flat.dtype),
             ParallelForward() if self.forward is None else self.forward,
             iteration,
+            idle,
         )
         # The step of the converged trajectory, once more for what is not a state: a
         # plain function of the solution, differentiated as such.
-        before = linearization_points(flat, ys, statistics)
-        _, errors, infos, inner_results = jax.vmap(inner.full)(xs, before)
+        points = linearization_points(flat, xs, ys, statistics, idle)
+        _, errors, infos, inner_results = jax.vmap(inner.full)(*points)
         result = _result(statistics, inner_results)
         y_error = None if errors is None else unravel(_largest(errors, result))
         state = WindowState(
@@ -307,7 +308,9 @@ def _check_tolerance(name: str, value: Any) -> None:
 def _check_step_map(solver: diffrax.AbstractSolver) -> None:
     name = type(solver).__name__
     if isinstance(solver, DEERSolver):
-        msg = "`solver` is a `DEERSolver` itself; pass its inner solver and `num_steps`."
+        msg = (
+            "`solver` is a `DEERSolver` itself; pass its inner solver and `num_steps`."
+        )
         raise ValueError(msg)
     if isinstance(solver, _STOCHASTIC):
         msg = (

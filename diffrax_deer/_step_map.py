@@ -20,6 +20,11 @@ from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
 _TO_BE_FILLED_IN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
 
 
+def widest(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The floating type of most bits; promotion may be strict, and would refuse."""
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+
 def ravel(y: Y) -> tuple[State, Callable[[State], Y]]:
     """The leaves of `y` as one real vector, and the way back.
 
@@ -30,7 +35,7 @@ def ravel(y: Y) -> tuple[State, Callable[[State], Y]]:
     leaves, treedef = jax.tree.flatten(y)
     leaves = [jnp.asarray(x) for x in leaves]
     reals = [jnp.finfo(x.dtype).dtype for x in leaves]
-    dtype = max([*reals, jnp.dtype("float32")], key=lambda d: jnp.finfo(d).bits)
+    dtype = widest(jnp.dtype("float32"), *reals)
 
     def flatten(x: Array) -> Array:
         parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
@@ -88,9 +93,7 @@ class SolverStep(eqx.Module):
     args: Args
     unravel: Callable[[State], Y] = eqx.field(static=True)
 
-    def increment(
-        self, x: tuple[RealScalarLike, RealScalarLike], y: State
-    ) -> State:
+    def increment(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
         """The vector field in the middle of the step, times the length of the step."""
         t0, t1 = x
         control = self.terms.contr(t0, t1)

@@ -1,5 +1,6 @@
 """Results: where they were measured, how they are summed up, stored and printed."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
 from experiments.common.files import write_atomically
-from experiments.common.training import Record
+from experiments.common.training import Record, Run
 
 _PACKAGES = ("jax", "jaxlib", "diffrax", "equinox", "optax", "diffrax_deer")
 
@@ -31,9 +33,9 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "num_cpus": os.cpu_count(),
         "system": platform.platform(),
-        "x64": jax.config.jax_enable_x64,
+        "x64": jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
         # A compilation that was looked up says nothing about compile time.
-        "compilation_cache": jax.config.jax_compilation_cache_dir,
+        "compilation_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 
@@ -47,6 +49,56 @@ def summarize(record: Record) -> dict[str, float]:
         "step_seconds_quartile_3": third,
         "total_seconds": sum(record.compile_seconds) + sum(record.step_seconds),
     }
+
+
+def collect_results(
+    experiment: str, config: dict[str, Any], runs: dict[str, Run], resumed_at: list[int]
+) -> dict[str, Any]:
+    """All that was measured, in a form that JSON can hold."""
+    return {
+        "experiment": experiment,
+        "config": config,
+        "environment": environment(),
+        "dtype": _dtype(runs),
+        "resumed_at": resumed_at,
+        "solvers": {
+            name: {
+                "final": run.record.evaluations[-1],
+                "timing": summarize(run.record),
+                **dataclasses.asdict(run.record),
+            }
+            for name, run in runs.items()
+        },
+    }
+
+
+def comparison_table(
+    results: dict[str, Any], metric: str, metric_label: str, metric_format: str
+) -> str:
+    """Lays out one line for every solver, as a Markdown table.
+
+    Args:
+        results: what `collect_results` returns, where an evaluation has the metric and
+            `nfe`, `num_iterations` and `solve_error`.
+        metric: which value of the last evaluation goes into the second column.
+        metric_label: the name of this column.
+        metric_format: how to write the value, `".1%"` for example.
+    """
+    columns = ("compile (s)", "step (ms) [quartiles]", "total (s)", "NFE/solve")
+    more = ("Newton iterations", "solve error", "step time / Dopri5")
+    baseline = results["solvers"].get("dopri5")
+    rows = []
+    for name, solver in results["solvers"].items():
+        final, timing = solver["final"], solver["timing"]
+        row = [name, format(final[metric], metric_format)]
+        row += [*_describe_timing(timing), f"{final['nfe']:.0f}"]
+        iterations, median = final["num_iterations"], "step_seconds_median"
+        row.append("-" if iterations is None else f"{iterations:.1f}")
+        row.append(f"{final['solve_error']:.0e}")
+        ratio = timing[median] / baseline["timing"][median] if baseline else None
+        row.append("-" if ratio is None else f"{ratio:.2f}")
+        rows.append(row)
+    return format_table(("solver", metric_label, *columns, *more), rows)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -69,6 +121,24 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     dashes = [("-" * width) for width in widths]
     rule = [dashes[0], *(f"{dash[1:]}:" for dash in dashes[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def _describe_timing(timing: dict[str, float]) -> tuple[str, str, str]:
+    first, median, third = (
+        1000 * timing[f"step_seconds_{part}"]
+        for part in ("quartile_1", "median", "quartile_3")
+    )
+    return (
+        f"{timing['compile_seconds']:.1f}",
+        f"{median:.2f} [{first:.2f}, {third:.2f}]",
+        f"{timing['total_seconds']:.1f}",
+    )
+
+
+def _dtype(runs: dict[str, Run]) -> str:
+    models = [run.state.model for run in runs.values()]
+    weights = jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))
+    return " and ".join(sorted({str(weight.dtype) for weight in weights}))
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
+from experiments.common.errors import ExperimentError
+
 LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Float[Array, ""]]
 Step = Callable[["TrainState", PyTree], tuple["TrainState", Float[Array, ""]]]
 
@@ -121,7 +123,6 @@ def train(
 
 
 def _compile(run: Run, optimizer: optax.GradientTransformation, batch: PyTree) -> Step:
-    @eqx.filter_jit
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Float[Array, ""]]:
         key, loss_key = jr.split(state.key)
         loss, grads = eqx.filter_value_and_grad(run.loss_fn)(
@@ -133,7 +134,8 @@ def _compile(run: Run, optimizer: optax.GradientTransformation, batch: PyTree) -
         return TrainState(model, opt_state, key), loss
 
     start = time.perf_counter()
-    compiled = step.lower(run.state, batch).compile()
+    jitted: Any = eqx.filter_jit(step)
+    compiled = jitted.lower(run.state, batch).compile()
     run.record.compile_seconds.append(time.perf_counter() - start)
     return compiled
 
@@ -149,7 +151,7 @@ def _train_block(name: str, run: Run, step: Step, block: list[PyTree]) -> None:
                 f"The loss of {name} is {run.record.losses[-1]} at step "
                 f"{len(run.record.losses)}. Lower the learning rate."
             )
-            raise FloatingPointError(msg)
+            raise ExperimentError(msg)
 
 
 def _evaluate(run: Run) -> None:

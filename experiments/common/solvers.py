@@ -1,0 +1,71 @@
+"""The solvers that the experiments compare, and what a solve with them costs."""
+
+from typing import Any, Literal
+
+import diffrax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from diffrax_deer import DEERSolver, WholeInterval
+
+SolverName = Literal["deer", "dopri5", "tsit5"]
+
+
+def solve_options(
+    rtol: float, atol: float, num_steps: int
+) -> dict[SolverName, dict[str, Any]]:
+    """The arguments of `diffrax.diffeqsolve` in which the solvers differ.
+
+    Args:
+        rtol: relative tolerance of the sequential solvers.
+        atol: absolute tolerance of the sequential solvers.
+        num_steps: number of steps of Dopri5 into which DEER divides the interval.
+    """
+    adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
+    deer = DEERSolver(num_steps=num_steps)
+    return {
+        "deer": {"solver": deer, "stepsize_controller": WholeInterval()},
+        "dopri5": {"solver": diffrax.Dopri5(), "stepsize_controller": adaptive},
+        "tsit5": {"solver": diffrax.Tsit5(), "stepsize_controller": adaptive},
+    }
+
+
+def count_work(
+    solver: Any, solution: diffrax.Solution, state_dim: int
+) -> tuple[Array, Array | None]:
+    """Counts evaluations of the vector field in one solve, derivatives left out.
+
+    An explicit Runge-Kutta step evaluates the field once a stage; where the first stage
+    is the last of the step before (FSAL), it is free from the second step on. Rejected
+    steps count.
+
+    A Newton iteration of DEER evaluates, on each of its steps, every stage, and the
+    Jacobian of the field by forward-mode differentiation, of which each column counts
+    as one evaluation:
+
+        iterations * num_steps * (stages + columns)
+
+    A solve without iterations has taken these steps in sequence.
+
+    Args:
+        solver: what the solution was computed with.
+        solution: the solution, with the state of the solver saved at the end.
+        state_dim: dimension of the ODE.
+
+    Returns:
+        The number of evaluations, and the number of Newton iterations or `None` for a
+        solver that does not iterate.
+    """
+    if isinstance(solver, DEERSolver):
+        state: Any = solution.solver_state
+        iterations = state.num_iterations
+        stages = _num_stages(solver.solver)
+        per_step = jnp.where(iterations == 0, stages, iterations * (stages + state_dim))
+        return solver.num_steps * per_step, iterations
+    num_steps = jnp.asarray(solution.stats["num_steps"])
+    is_fsal = bool(solver.tableau.fsal)
+    return num_steps * (_num_stages(solver) - is_fsal) + is_fsal, None
+
+
+def _num_stages(solver: Any) -> int:
+    return int(solver.tableau.num_stages)
