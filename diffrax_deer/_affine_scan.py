@@ -42,7 +42,7 @@ class AbstractScan(eqx.Module):
 
         **Arguments:**
 
-        - `a`: the transitions, `(time, state, state)` dense or `(time, state)` diagonal.
+        - `a`: the transitions, `(time, state, state)`, or diagonal `(time, state)`.
         - `b`: the inhomogeneity, `(time, state)`.
         - `reverse`: run backwards, `y[n] = a[n] y[n+1] + b[n]`.
 
@@ -85,7 +85,7 @@ class AssociativeScan(AbstractScan):
 
 
 class PlatformScan(AbstractScan):
-    """`SequentialScan` on a CPU, `AssociativeScan` elsewhere, decided at compilation."""
+    """`SequentialScan` on a CPU, `AssociativeScan` elsewhere; chosen when compiled."""
 
     def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
         sequential, associative = SequentialScan(), AssociativeScan()
@@ -108,7 +108,7 @@ def affine_recurrence(
     """Solves `y_n = a_n y_{n-1} + b_n`, differentiably.
 
     Linear in `b` and `y0`, with derivatives of any order and mode with respect to all
-    of `a`, `b` and `y0`: one more scan for a tangent, one reversed scan for a cotangent,
+    of `a`, `b` and `y0`: one more scan for a tangent, one backwards for a cotangent,
     whatever `scan` is.
 
     **Arguments:**

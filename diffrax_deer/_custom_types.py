@@ -7,14 +7,15 @@ Axes: `time` is the number of steps N, `state` the number of real unknowns per s
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 Args: TypeAlias = PyTree[Any]
-BoolScalarLike: TypeAlias = bool | Bool[Array, ""]
+BoolScalarLike: TypeAlias = bool | Array | np.ndarray
 DenseInfo: TypeAlias = dict[str, PyTree[Array]]
-IntScalarLike: TypeAlias = int | Int[Array, ""]
+IntScalarLike: TypeAlias = int | Array | np.ndarray
 Matrix: TypeAlias = Float[Array, "state state"]
-RealScalarLike: TypeAlias = float | int | Float[Array, ""] | Int[Array, ""]
+RealScalarLike: TypeAlias = float | int | Array | np.ndarray
 State: TypeAlias = Float[Array, " state"]
 States: TypeAlias = Float[Array, "time state"]
 Transition: TypeAlias = Float[Array, "state state"] | Float[Array, " state"]

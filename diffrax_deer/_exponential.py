@@ -6,7 +6,7 @@ $$y_{i+1} = e^{-G h} y_i + G^{-1}(I - e^{-G h}) z
           = y_i + \varphi_1(hJ)\, h f, \qquad J = \frac{\partial f}{\partial y},$$
 
 which is the exponential Rosenbrock-Euler method. $f$ and $J$ are taken at $y_i$ and in
-the middle of the interval in time, which keeps order two for fields that depend on time.
+the middle of the interval in time: order two also for fields that depend on time.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class ExponentialRosenbrockEuler(diffrax.AbstractAdaptiveSolver):
         solver_state: None,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, None, diffrax.RESULTS]:
-        """One step from `t0` to `t1`; arguments and result as for any diffrax solver."""
+        """One step from `t0` to `t1`; arguments and result as in `AbstractSolver`."""
         del solver_state, made_jump
         control = terms.contr(t0, t1)
         flat, unravel = ravel(y0)

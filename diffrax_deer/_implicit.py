@@ -80,7 +80,7 @@ def solve(
     iteration: NewtonIteration,
     idle: PyTree[Any] = None,
 ) -> tuple[States, Statistics]:
-    """Solves $y_n = \\Phi(x_n, y_{n-1})$ for all n, differentiably.
+    r"""Solves $y_n = \Phi(x_n, y_{n-1})$ for all n, differentiably.
 
     **Arguments:**
 
@@ -106,8 +106,11 @@ def solve(
         statistics = Statistics(jnp.array(0, int), zero, optx.RESULTS.successful)
         return guess, statistics
     x = jax.tree.map(lambda x: x[0], xs)
-    convert = lambda f: None if f is None else eqx.filter_closure_convert(f, x, y0)
-    step_map = StepMap(convert(step_map.step), convert(step_map.increment))
+    convert = lambda f: eqx.filter_closure_convert(f, x, y0)
+    increment = step_map.increment
+    step_map = StepMap(
+        convert(step_map.step), None if increment is None else convert(increment)
+    )
     return _solve(
         step_map,
         y0,

@@ -58,5 +58,5 @@ class WindowInterpolations(eqx.Module):
         ts: Float[Array, " time+1"],
         infos: DenseInfo,
     ) -> WindowInterpolation:
-        """Arguments are the entries of the dense information of a step of the solver."""
+        """The arguments are the entries of the dense information of one window."""
         return WindowInterpolation(t0, t1, ts, infos, self.interpolation_cls)

@@ -3,11 +3,11 @@ r"""From a step map to the transitions $A_n$ of the affine recurrence.
 The answer of a solve depends on the step map $\Phi_n$ alone; the transition
 $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it is found:
 
-| transition | method | cost of one iteration, beside one step |
+| transition | method | cost, beside one step |
 | --- | --- | --- |
 | $\partial\Phi_n/\partial y$ | Newton | D tangents of the step |
-| $\exp(h_n J_n)$ | DEER for differential equations | D tangents of the field, one exponential |
-| $\operatorname{diag}(\partial\Phi_n/\partial y)$ | quasi-DEER | D tangents of the step |
+| $\exp(h_n J_n)$ | DEER, for fields | D tangents of the field, one exponential |
+| its diagonal | quasi-DEER | D tangents of the step |
 | $I$ | Picard | nothing |
 
 ??? cite "Reference"
@@ -32,7 +32,7 @@ from ._matrix_functions import expm
 
 
 class StepMap(eqx.Module):
-    r"""One step of a recurrence, $y_n = \Phi(x_n, y_{n-1})$, for states of shape `(D,)`.
+    r"""One step of a recurrence, $y_n = \Phi(x_n, y_{n-1})$, for states `(state,)`.
 
     - `step(x, y)`: the step map $\Phi$.
     - `increment(x, y)`: where the step belongs to a differential equation, the product

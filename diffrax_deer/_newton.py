@@ -2,7 +2,7 @@ r"""The iteration: all steps of a recurrence at once, and why it cannot fail.
 
 For the equations $r_n(Y) = \Phi_n(y_{n-1}) - y_n = 0$, one iteration is
 
-$$\delta_n = A_n \delta_{n-1} + r_n, \quad \delta_0 = 0, \qquad Y \leftarrow Y + \delta.$$
+$$\delta_n = A_n \delta_{n-1} + r_n, \quad \delta_0 = 0, \ Y \leftarrow Y + \delta.$$
 
 The system is causal, so that every iteration can be checked from the front:
 
@@ -32,11 +32,11 @@ from ._linearization import AbstractLinearization, StepMap
 
 
 class Statistics(eqx.Module):
-    """What a solve has to say about itself.
+    r"""What a solve has to say about itself.
 
     - `num_iterations`: how many times the trajectory was updated; 0 if the steps were
         made in sequence.
-    - `residual`: the largest component of $|\\Phi_n(y_{n-1}) - y_n|$ over all steps, in
+    - `residual`: the largest component of $|\Phi_n(y_{n-1}) - y_n|$ over all steps, in
         the units of y, measured on the result.
     - `result`: an `optimistix.RESULTS`.
     """
@@ -104,7 +104,7 @@ class NewtonIteration(eqx.Module):
     def __call__(
         self, step_map: StepMap, y0: State, xs: PyTree[Any], guess: States
     ) -> tuple[States, Statistics]:
-        """Solves the recurrence from `y0`, `(state,)`, along `guess`, `(time, state)`."""
+        """Solves the recurrence from `y0` `(state,)` along `guess` `(time, state)`."""
         num_steps = len(guess)
         limit = num_steps if self.max_iterations is None else self.max_iterations
         zero = jnp.array(0, int)

@@ -207,7 +207,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         y0: Y,
         state: WindowState,
     ) -> Float[Array, "time state"]:
-        if self.guess is None:
+        guess = self.guess
+        if guess is None:
             dtype = widest(ts.dtype, state.ys.dtype)
             old, new = state.ts.astype(dtype), ts[1:].astype(dtype)
             interpolate = lambda y: jnp.interp(new, old, y.astype(dtype))
@@ -215,8 +216,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
-        _check_guess(self.guess, times[0], y0)
-        return jax.vmap(lambda t: ravel(self.guess.evaluate(t))[0])(times)
+        _check_guess(guess, times[0], y0)
+        return jax.vmap(lambda t: ravel(guess.evaluate(t))[0])(times)
 
     def step(
         self,
@@ -263,9 +264,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 def _result(statistics: Any, inner_results: diffrax.RESULTS) -> diffrax.RESULTS:
     result = diffrax.RESULTS.promote(statistics.result)
     inner_okay = jnp.all(inner_results == diffrax.RESULTS.successful)
-    failed = diffrax.RESULTS.nonlinear_divergence
-    okay = result == diffrax.RESULTS.successful
-    return diffrax.RESULTS.where(okay & ~inner_okay, failed, result)
+    inner_failed = (result == diffrax.RESULTS.successful) & ~inner_okay
+    return diffrax.RESULTS.where(
+        inner_failed,
+        diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
+        result,
+    )
 
 
 def _largest(errors: Float[Array, "time state"], result: diffrax.RESULTS) -> State:

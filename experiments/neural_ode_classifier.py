@@ -5,8 +5,9 @@ The image is encoded linearly into a small state h(0), which flows along
     dh/dt = MLP(h, t),    0 <= t <= 1,
 
 and the first few components of h(1) are read out linearly into class probabilities.
-They are fewer than the classes need, so that it takes the flow to tell digits apart:
-with four out of eight, training without the ODE ends near 91 %, and with it near 96 %.
+They are too few for a linear model of the digits, so that the flow has to help: with
+five out of eight, training without the ODE ends near 94 % test accuracy and with it
+between 95.5 and 97 %, and the trained weights without their ODE between 68 and 86 %.
 
 Every solver trains the same initial weights on the same batches. They differ in the
 arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing else.
@@ -86,7 +87,7 @@ class Config:
     learning_rate: float = 2e-2
     noise: float = 0.15
     state_dim: int = 8
-    readout_dim: int = 4
+    readout_dim: int = 5
     width: int = 32
     depth: int = 2
     time_dependent: bool = True
@@ -341,7 +342,7 @@ def main(config: Config) -> dict[str, Any]:
             folder.plot,
             {name: run.record for name, run in runs.items()},
             metric="accuracy",
-            metric_label="test accuracy",
+            metric_label="test accuracy (fraction)",
             loss_label="training loss (nats)",
         )
         results = collect_results(

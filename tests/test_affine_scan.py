@@ -191,11 +191,11 @@ def test_any_argument_can_be_batched(scan, kind):
     values, gradients = together()
     for axes, value in zip(subsets, values, strict=True):
         for i in range(batch):
-            arguments = [
+            a, b, y0 = (
                 x if axis is None else x[i]
                 for x, axis in zip(choose(axes), axes, strict=True)
-            ]
-            assert relative_error(value[i], _loop(*arguments)) < 1e-14
+            )
+            assert relative_error(value[i], _loop(a, b, y0)) < 1e-14
     gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(_plain(*x))), argnums=(0, 1, 2))
     assert relative_error(gradients, jax.jit(jax.vmap(gradient))(*batched)) < 1e-12
 

@@ -1,6 +1,7 @@
 """What people combine with a solver: save times, state, guesses, batches, errors."""
 
 import warnings
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -24,7 +25,9 @@ from .helpers import problems
 _VDP = problems["van_der_pol"]
 
 
-def _solve(solver, controller, *, t0=0.0, t1=2.0, y0=None, **kwargs):
+def _solve(
+    solver, controller, *, t0: Any = 0.0, t1: Any = 2.0, y0: Any = None, **kwargs: Any
+):
     return diffrax.diffeqsolve(
         diffrax.ODETerm(_VDP.field),
         solver,
@@ -171,7 +174,7 @@ def test_the_state_may_be_any_pytree():
         z = out["complex"]
         return z.real, z.imag, out["matrix"], out["scalar"], None, out["empty"]
 
-    def run(field, y0, solver, controller):
+    def run(field, y0, solver, controller) -> Any:
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             solver,

@@ -1,5 +1,7 @@
 """Derivatives through `diffeqsolve`, against those of the sequential solver."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -55,7 +57,8 @@ def _loss(solver, controller_of, adjoint=None, closed_over=True, between=True):
             adjoint=adjoint,
             max_steps=_STEPS,
         )
-        xs, vs = sol.ys
+        ys: Any = sol.ys
+        xs, vs = ys
         return jnp.sum(jnp.sin(xs) * jnp.linspace(0.5, 1.5, len(xs))) + vs[-1] ** 2
 
     return loss

@@ -180,7 +180,7 @@ def test_the_guess_changes_neither_value_nor_gradient():
     assert relative_error(by_parameters, first) < 1e-11
 
 
-def test_batches_of_gradients_and_compiled_gradients_agree():
+def test_batches_of_gradients_agree():
     parameters = _problem()
     y0s = jnp.stack([parameters[0], -parameters[0], 0.3 * parameters[0]])
 
@@ -193,11 +193,6 @@ def test_batches_of_gradients_and_compiled_gradients_agree():
 
     got, reference = compare(y0s)
     assert relative_error(got, reference) < 1e-10
-    # And without a batch, compiled or not.
-    for i, wrap in ((0, jax.jit), (1, lambda f: f)):
-        grad = wrap(jax.grad(ft.partial(_loss, _solve)))
-        single = jax.tree.map(lambda x, i=i: x[i], reference)
-        assert relative_error(grad((y0s[i], *parameters[1:])), single) < 1e-10
 
 
 def test_only_what_is_differentiable_is_differentiated():
@@ -315,6 +310,30 @@ def test_a_failed_solve_has_a_gradient_that_can_be_discarded(forward):
     by_y0, by_rate = gradients
     assert by_y0[0, 0] > 1 and by_rate[0] < -1
     assert by_y0[1, 0] == by_rate[1] == values[1] == 0
+
+
+@each_forward
+def test_a_first_step_that_fails_is_replaced_by_an_idle_one(forward):
+    # Neither the step nor its derivative is finite at the initial value; at a step of
+    # length zero both are.
+    step_map = rk4(lambda t, y, args: jnp.exp(y), None)
+
+    @jax.jit
+    @ft.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(y0, times):
+        xs, idle = intervals(times), (times[0], times[0])
+        guess = constant_guess(y0, 3)
+        ys, statistics = solve(step_map, y0, xs, guess, forward, newton(), idle)
+        failed = statistics.result != optx.RESULTS.successful
+        return jnp.where(failed, 0.0, jnp.sum(ys))
+
+    _, gradients = loss(jnp.array([1.0]), 1e4 * jnp.arange(4.0))
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+    # Where the solve succeeds, the idle step is of no account.
+    _, (by_y0, by_times) = loss(jnp.array([1.0]), 1e-3 * jnp.arange(4.0))
+    assert by_y0[0] > 3
+    assert by_times[0] < 0 < by_times[-1]
 
 
 def test_an_unfinished_solve_has_a_gradient_that_can_be_discarded():

@@ -225,6 +225,18 @@ def test_a_field_that_exists_on_one_side_only_is_solved(linearization, below_zer
     assert relative_error(ys, jnp.broadcast_to(expected, ys.shape)) < 1e-10
 
 
+@each_linearization
+def test_a_step_without_a_derivative_is_solved(linearization):
+    # At zero, where this starts, the root has a value but its slope is infinite.
+    step_map = StepMap(lambda x, y: jnp.sqrt(y) + x, lambda x, y: jnp.sqrt(y))
+    y0, xs = jnp.array([0.0]), jnp.linspace(0.1, 0.2, 8)
+    guesses = jnp.stack([jnp.zeros((8, 1)), jnp.ones((8, 1))])
+    iteration = newton(linearization, tolerance=1e-12)
+    (ys, statistics), expected = _solve(iteration, step_map, y0, xs, guesses)
+    assert np.all(result_is(statistics.result, "successful"))
+    assert relative_error(ys, jnp.broadcast_to(expected, ys.shape)) < 1e-11
+
+
 def test_a_long_unstable_solve_does_not_overflow():
     # Between the first and the last step the derivative grows by 2**512, beyond single
     # precision; the states stay between 0 and 1. They are chaotic: a result may differ
@@ -304,7 +316,8 @@ def test_a_step_that_fails_is_reported_and_spoils_nothing_before_it(linearizatio
         def step(x, y):
             return jnp.where(x[0] == bad, value, inner.step(x[1], y))
 
-        increment = lambda x, y: inner.increment(x[1], y)
+        assert inner.increment is not None
+        increment = lambda x, y, whole=inner.increment: whole(x[1], y)
         step_map, xs = StepMap(step, increment), (index, times)
         ys, statistics = newton(linearization)(step_map, y0, xs, guess)
         ys_forward, forward = SequentialForward()(step_map, y0, xs, guess, newton())
@@ -338,6 +351,18 @@ def test_nan_is_never_success(linearization):
 
     for result in solve(jnp.array([[jnp.nan, jnp.nan], [1.0, jnp.inf]])):
         assert np.all(result_is(result, "nonfinite"))
+
+
+def test_a_residual_that_is_not_a_number_is_no_success():
+    # All steps are solved but the last, which has no value; there is no time to notice.
+    step_map = StepMap(lambda x, y: jnp.where(x < 5, jnp.cos(y), jnp.nan))
+    y0, xs = jnp.array([0.3]), jnp.arange(6.0)
+    guess = jax.jit(ft.partial(sequential, step_map))(y0, xs)[None]
+    iteration = newton(max_iterations=1)
+    (ys, statistics), _ = _solve(iteration, step_map, y0, xs, guess)
+    np.testing.assert_array_equal(ys[0, :5], guess[0, :5])
+    assert jnp.isnan(statistics.residual[0])
+    assert result_is(statistics.result, "nonlinear_max_steps_reached")
 
 
 @each_linearization

@@ -168,8 +168,10 @@ def test_the_scheme_of_the_paper_is_exact_on_linear_equations_in_one_iteration(s
         saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 8), solver_state=True),
     )
     rest = np.linalg.solve(matrix, offset)
-    exact = [scipy.linalg.expm(matrix * t) @ (y0 + rest) - rest for t in sol.ts]
-    np.testing.assert_allclose(sol.ys, exact, rtol=1e-11, atol=1e-13)
+    exact = [
+        scipy.linalg.expm(matrix * t) @ (y0 + rest) - rest for t in np.asarray(sol.ts)
+    ]
+    np.testing.assert_allclose(np.asarray(sol.ys), exact, rtol=1e-11, atol=1e-13)
     assert int(sol.solver_state.num_iterations) == 1
 
 
@@ -285,7 +287,7 @@ def test_too_few_iterations_are_reported():
         throw=False,
     )
     assert sol.result == diffrax.RESULTS.nonlinear_max_steps_reached
-    assert jnp.all(jnp.isfinite(sol.ys))
+    assert jnp.all(jnp.isfinite(jnp.asarray(sol.ys)))
 
 
 def test_default_tolerances_of_an_implicit_solver_reach_rounding():
@@ -305,7 +307,7 @@ def test_default_tolerances_of_an_implicit_solver_reach_rounding():
     parallel = solve(DEERSolver(diffrax.Kvaerno5(), num_steps=100), WholeInterval())
     tight, _ = step_maps["kvaerno5"]
     sequential = solve(tight, diffrax.StepTo(jnp.linspace(0.0, 3.0, 101)))
-    np.testing.assert_allclose(parallel, sequential, rtol=1e-10)
+    assert _max_error(parallel, sequential) < 1e-10
 
 
 def test_the_exponential_solver_is_a_diffrax_solver_of_its_own():

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.common.files import write_atomically
 from experiments.common.training import Record
+
+_WINDOW = 20  # steps over which the loss is averaged
 
 # The curves of methods that compute the same thing lie on top of each other: broken
 # lines of decreasing width let all of them be seen.
@@ -31,7 +32,7 @@ def plot_training(
         path: where the image goes.
         records: the methods by name.
         metric: which entry of `Record.evaluations` to draw.
-        metric_label: its name on the axis, with the unit if it has one.
+        metric_label: its name on the axis, with its unit.
         loss_label: the same for the loss.
     """
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
@@ -47,21 +48,20 @@ def plot_training(
         axes[0, 1].plot(seconds, losses, **style, label=name)
         axes[1, 0].plot(steps, values, **style, label=name, marker="o", markersize=4)
         axes[1, 1].plot(times, values, **style, label=name, marker="o", markersize=4)
-    axes[0, 0].set(ylabel=loss_label, yscale="log")
+    axes[0, 0].set_ylabel(f"{loss_label}, mean of {_WINDOW} steps")
+    if all(min(record.losses) > 0 for record in records.values()):
+        axes[0, 0].set_yscale("log")
     axes[1, 0].set(ylabel=metric_label, xlabel="training steps")
     axes[1, 1].set(xlabel="time in training steps (s), compilation excluded")
+    figure.align_ylabels()
     for ax in axes.flat:
-        _decorate(ax)
+        ax.grid(alpha=0.3)
+        ax.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
-def _smooth(values: np.ndarray, window: int = 10) -> np.ndarray:
-    """Averages over the last `window` values, or as many as there are."""
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Averages over the last few values, as far as there are that many."""
     sums = np.cumsum(values)
-    sums[window:] -= sums[:-window].copy()
-    return sums / np.minimum(np.arange(1, 1 + len(values)), window)
-
-
-def _decorate(ax: Axes) -> None:
-    ax.grid(alpha=0.3)
-    ax.legend()
+    sums[_WINDOW:] -= sums[:-_WINDOW].copy()
+    return sums / np.minimum(np.arange(1, 1 + len(values)), _WINDOW)

@@ -1,0 +1,493 @@
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+import tyro
+
+from experiments.common import results as results_module
+from experiments.common.checkpoint import (
+    check_same_config,
+    load_checkpoint,
+    save_checkpoint,
+)
+from experiments.common.errors import ExperimentError
+from experiments.common.files import write_atomically
+from experiments.common.plotting import plot_training
+from experiments.common.results import (
+    collect_results,
+    comparison_table,
+    environment,
+    format_table,
+    summarize,
+    write_json,
+)
+from experiments.common.run_folder import RunFolder, Start
+from experiments.common.solvers import count_work, solve_options
+from experiments.common.training import Record, Run, init_state, train
+from experiments.neural_ode_classifier import Config, main
+
+_ROOT = Path(__file__).parents[1]
+_TINY = (
+    *("--steps", "200", "--evaluations", "20", "--batch-size", "4", "--width", "4"),
+    *("--state-dim", "2", "--readout-dim", "2", "--depth", "1", "--num-steps", "2"),
+    *("--solver", "dopri5", "deer"),
+)
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    module = "experiments.neural_ode_classifier"
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def _execute(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(*arguments), cwd=_ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def _outcome(results: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on when it was computed."""
+    timings = ("seconds",)
+    return {
+        name: {
+            "losses": solver["losses"],
+            "evaluations": [
+                {key: value for key, value in evaluation.items() if key not in timings}
+                for evaluation in solver["evaluations"]
+            ],
+        }
+        for name, solver in results["solvers"].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+# Files and checkpoints
+
+
+@pytest.mark.parametrize("first_time", [True, False])
+def test_process_killed_in_the_middle_of_writing(tmp_path, first_time):
+    path = tmp_path / "file"
+    if not first_time:
+        path.write_bytes(b"old")
+    program = """
+import os, pathlib, signal, sys
+from experiments.common.files import write_atomically
+
+def write(file):
+    file.write(b"half of the n")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_atomically(pathlib.Path(sys.argv[1]), write)
+"""
+    killed = subprocess.run([sys.executable, "-c", program, path], cwd=_ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert not path.exists() if first_time else path.read_bytes() == b"old"
+
+    # Nor does what it has left behind disturb the next one.
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failure_while_a_checkpoint_is_written(tmp_path):
+    path = tmp_path / "checkpoint.eqx"
+    save_checkpoint(path, {"step": 1}, jnp.array(1.0))
+    with pytest.raises(TypeError, match="JSON"):
+        save_checkpoint(path, {"step": object()}, jnp.array(2.0))
+    header, value = load_checkpoint(path, jnp.array(0.0))
+    assert header == {"step": 1}
+    assert value == 1.0
+
+
+def test_checkpoint_restores_every_bit(tmp_path):
+    path = tmp_path / "folder" / "checkpoint.eqx"
+    header = {"losses": [0.1, 1 / 3, 1e-300], "name": "é"}
+    tree = {
+        "weight": jr.normal(jr.key(0), (3, 2)),
+        "count": jnp.array(7, jnp.int32),
+        "key": jr.key(5),
+        "activation": jnp.tanh,
+        "numpy": np.linspace(0, 1, 3),
+    }
+    save_checkpoint(path, header, tree)
+    like = jax.tree.map(lambda x: x * 0 if eqx.is_inexact_array_like(x) else x, tree)
+    like["key"] = jr.key(0)
+    loaded_header, loaded = load_checkpoint(path, like)
+    assert loaded_header == header
+    assert load_checkpoint(path, None)[0] == header
+    assert eqx.tree_equal(tree, loaded)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_damaged_checkpoint(tmp_path, keep):
+    path = tmp_path / "checkpoint.eqx"
+    tree = jnp.arange(100.0)
+    save_checkpoint(path, {"a": 1}, tree)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ExperimentError, match=r"damaged .* without --resume"):
+        load_checkpoint(path, tree)
+
+
+def test_configs_that_differ():
+    saved = {"seed": 0, "steps": 10, "solver": ["deer"], "old": 1}
+    check_same_config(saved, dict(saved))
+    current = {"seed": 1, "steps": 10, "solver": ["deer", "tsit5"], "new": 2}
+    with pytest.raises(ExperimentError, match="other settings") as error:
+        check_same_config(saved, current)
+    message = str(error.value)
+    assert "seed (was 0, now 1)" in message
+    assert all(name in message for name in ("solver", "old", "new"))
+    assert "steps" not in message
+
+
+# Where runs are kept
+
+
+def test_run_folder(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    assert folder.begin(resume=False) is Start.FRESH
+    assert folder.begin(resume=True) is Start.FRESH
+    assert "starting from scratch" in capsys.readouterr().out
+
+    run = _make_run()
+    folder.save({"a": run})
+    with pytest.raises(ExperimentError, match=r"unfinished run.*--resume.*--out"):
+        folder.begin(resume=False)
+    assert folder.begin(resume=True) is Start.RESUMED
+    with pytest.raises(ExperimentError, match="seed"):
+        RunFolder(folder.path, {"seed": 1}).begin(resume=True)
+
+    for number in (1, 2):
+        folder.save({"a": run})
+        folder.write_results({"run": number})
+        assert folder.begin(resume=True) is Start.FINISHED
+        assert folder.read_results() == {"run": number}
+        assert folder.begin(resume=False) is Start.FRESH
+        assert not folder.checkpoint.exists()
+        moved = folder.path / f"previous-{number}"
+        assert json.loads((moved / "results.json").read_text()) == {"run": number}
+        assert (moved / "checkpoint.eqx").exists()
+
+
+# Training
+
+
+def _make_run(seed: int = 0) -> Run:
+    model = eqx.nn.Linear(2, 1, key=jr.key(seed))
+
+    def loss_fn(model, batch, key):
+        noise = jr.normal(key, batch.shape, batch.dtype)
+        return jnp.mean(jax.vmap(model)(batch + noise) ** 2)
+
+    return Run(
+        loss_fn=loss_fn,
+        evaluate=lambda model: {"size": float(jnp.sum(model.weight**2))},
+        state=init_state(model, optax.adam(1e-2), jr.key(1)),
+    )
+
+
+def _batches_from(step: int):
+    for number in itertools.count(step):
+        yield np.random.default_rng(number).normal(size=(3, 2)).astype(np.float32)
+
+
+def _train(runs, num_steps, save=lambda: None, batches_from=_batches_from):
+    train(runs, optax.adam(1e-2), batches_from, num_steps, 2, "size", save)
+
+
+def test_training_resumes_where_it_was(tmp_path):
+    straight = {"a": _make_run(), "b": _make_run(1)}
+    _train(straight, 7)
+    assert [len(run.record.losses) for run in straight.values()] == [7, 7]
+
+    folder = RunFolder(tmp_path, {})
+    halves = {"a": _make_run(), "b": _make_run(1)}
+    _train(halves, 4, save=lambda: folder.save(halves))
+    resumed = {"a": _make_run(), "b": _make_run(1)}
+    folder.restore(resumed)
+    assert folder.resumed_at == [4]
+    _train(resumed, 7, save=lambda: folder.save(resumed))
+
+    for name, run in straight.items():
+        assert run.record.losses == resumed[name].record.losses
+        assert eqx.tree_equal(run.state, resumed[name].state)
+        assert len(resumed[name].record.compile_seconds) == 2
+        steps = [entry["step"] for entry in resumed[name].record.evaluations]
+        assert steps == [0, 2, 4, 6, 7]
+
+    _train(resumed, 7)
+    assert len(resumed["a"].record.losses) == 7
+
+
+def test_methods_take_turns():
+    turns = []
+    runs = {name: _make_run() for name in "ab"}
+    for name, run in runs.items():
+        run.evaluate = lambda model, name=name: turns.append(name) or {"size": 0.0}
+    _train(runs, 5, save=lambda: turns.append("save"))
+    assert turns == ["a", "b", "save"] * 4
+    assert runs["a"].record.losses == runs["b"].record.losses
+
+
+def test_loss_that_is_not_finite():
+    def batches_from(step):
+        del step
+        return itertools.repeat(np.full((3, 2), np.nan, np.float32))
+
+    with pytest.raises(ExperimentError, match="loss of a is nan at step 1. Lower"):
+        _train({"a": _make_run()}, 2, batches_from=batches_from)
+
+
+# Solvers
+
+
+@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+def test_count_of_evaluations(name):
+    calls = []
+
+    def count(y):
+        calls.append(y)
+        return y
+
+    def field(t, y, args):
+        del args
+        return jax.pure_callback(count, y, jnp.sin(10 * t) - 3 * y)
+
+    options = solve_options(rtol=1e-5, atol=1e-5, num_steps=2)[name]
+    term = diffrax.ODETerm(field)
+    y0 = jnp.ones(2)
+    solution = diffrax.diffeqsolve(term, t0=0.0, t1=1.0, dt0=0.1, y0=y0, **options)
+    nfe, iterations = count_work(options["solver"], solution, 2)
+    jax.block_until_ready(solution)
+    assert solution.stats["num_rejected_steps"] > 0
+    assert nfe == len(calls)
+    assert iterations is None
+
+
+def test_count_of_deer():
+    options = solve_options(rtol=1e-5, atol=1e-5, num_steps=10)["deer"]
+    term = diffrax.ODETerm(lambda t, y, args: jnp.sin(10 * t) - y**2)
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    solution = diffrax.diffeqsolve(
+        term, t0=0.0, t1=1.0, dt0=0.1, y0=jnp.ones(3), saveat=saveat, **options
+    )
+    nfe, iterations = count_work(options["solver"], solution, 3)
+    assert iterations is not None
+    assert 1 <= iterations <= 10
+    # Dopri5 has seven stages, and the Jacobian three columns.
+    assert nfe == iterations * 10 * (7 + 3)
+
+
+# Results
+
+
+def _make_record(step_seconds: float = 0.001) -> Record:
+    evaluation = {"nfe": 12.0, "num_iterations": None, "solve_error": 2e-5}
+    return Record(
+        compile_seconds=[1.0, 2.0],
+        step_seconds=[step_seconds * factor for factor in range(1, 6)],
+        losses=[5.0, 4.0, 3.0, 2.0, 1.0],
+        evaluations=[
+            {"step": 0, "seconds": 0.0, "accuracy": 0.1, **evaluation},
+            {"step": 5, "seconds": 0.015, "accuracy": 0.98765, **evaluation},
+        ],
+    )
+
+
+def test_summary():
+    summary = summarize(_make_record())
+    assert summary["compile_seconds"] == 3.0
+    assert summary["step_seconds_quartile_1"] == pytest.approx(0.002)
+    assert summary["step_seconds_median"] == pytest.approx(0.003)
+    assert summary["step_seconds_quartile_3"] == pytest.approx(0.004)
+    assert summary["total_seconds"] == pytest.approx(3.015)
+
+
+def test_comparison_table():
+    runs = {name: _make_run() for name in ("deer", "dopri5")}
+    runs["deer"].record = _make_record(0.002)
+    runs["deer"].record.evaluations[-1]["num_iterations"] = 4.25
+    runs["dopri5"].record = _make_record()
+    results = collect_results("name", {}, runs, [])
+    header, rule, deer, dopri5 = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in comparison_table(
+            results, "accuracy", "test accuracy", ".1%"
+        ).splitlines()
+    ]
+    assert len(header) == len(rule) == len(deer) == len(dopri5)
+    assert deer == (
+        ["deer", "98.8%", "3.0", "6.00 [4.00, 8.00]", "3.0", "12", "4.2"]
+        + ["2e-05", "2.00"]
+    )
+    assert dopri5[0] == "dopri5"
+    assert dopri5[-3:] == ["-", "2e-05", "1.00"]
+
+    del results["solvers"]["dopri5"]
+    table = comparison_table(results, "accuracy", "test accuracy", ".1%")
+    assert table.splitlines()[-1].endswith(" - |")
+
+
+def test_table_is_aligned():
+    table = format_table(("name", "x"), [("a", "1.00"), ("longer", "-")])
+    assert table.splitlines() == [
+        "| name   |    x |",
+        "| ------ | ---: |",
+        "| a      | 1.00 |",
+        "| longer |    - |",
+    ]
+
+
+def test_json_is_strict(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_environment_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_module, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    outside = environment()
+    assert outside["commit"] is None
+    assert outside["uncommitted_changes"] is None
+    packages = {"python", "jax", "jaxlib", "diffrax", "equinox", "optax"}
+    assert packages | {"diffrax_deer"} == outside["versions"].keys()
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    assert environment() == outside
+
+
+@pytest.mark.parametrize("losses", [[3.0, 2.0, 1.0], [1.0, -1.0, -2.0]])
+def test_plot(tmp_path, losses):
+    record = _make_record()
+    record.losses, record.step_seconds = losses, record.step_seconds[:3]
+    path = tmp_path / "plot.png"
+    plot_training(path, {"a": record, "b": record}, "accuracy", "accuracy", "loss")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# The classifier
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, r"--steps is 0\. Choose at least 1"),
+        ({"steps": -1, "smoke": True}, r"--steps is -1\. Choose at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0. Choose at least 1"),
+        ({"batch_size": 1438}, "has 1437 training images. Choose at most"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan. Choose a positive"),
+        ({"rtol": 0.0}, "--rtol is 0.0. Choose a positive"),
+        ({"readout_dim": 9}, r"only 8 components\. Lower it"),
+        ({"solver": ()}, "--solver needs at least one"),
+        ({"solver": ("deer", "deer")}, "none of them twice"),
+    ],
+)
+def test_bad_arguments(tmp_path, data_dir, arguments, message):
+    out = tmp_path / "run"
+    with pytest.raises(ExperimentError, match=message):
+        main(Config(**arguments, out=out, data_dir=data_dir))
+    assert not out.exists()
+
+
+def test_unknown_solver(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Config, args=["--solver", "euler"])
+    message = capsys.readouterr().err
+    assert "euler" in message
+    assert "dopri5" in message
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path, data_dir):
+    out = tmp_path / "run"
+    finished = _execute("--smoke", "--out", out, "--data-dir", data_dir)
+    assert finished.returncode == 0, finished.stderr
+    for word in ("test accuracy", "Newton iterations", "deer", "dopri5", "tsit5"):
+        assert word in finished.stdout
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads((out / "results.json").read_text())
+    steps = results["config"]["steps"]
+    assert results["dtype"] == "float32"
+    assert results["resumed_at"] == []
+    assert results["config"]["seed"] == 0
+    assert results["environment"]["platform"] == jax.default_backend()
+    assert list(results["solvers"]) == ["deer", "dopri5", "tsit5"]
+    for name, solver in results["solvers"].items():
+        assert len(solver["losses"]) == len(solver["step_seconds"]) == steps
+        assert len(solver["compile_seconds"]) == 1
+        assert solver["evaluations"][0]["step"] == 0
+        final = solver["final"]
+        assert final == solver["evaluations"][-1]
+        assert final["step"] == steps
+        assert final["nfe"] > 0
+        assert (final["num_iterations"] is not None) == (name == "deer")
+        assert final["solve_error"] < 1e-3
+    # All solve the same equation from the same weights with the same data.
+    losses = np.array([solver["losses"] for solver in results["solvers"].values()])
+    np.testing.assert_allclose(losses, losses[:1].repeat(3, 0), rtol=1e-3)
+
+    # A finished run is not trained again.
+    again = main(Config(smoke=True, resume=True, out=out, data_dir=data_dir))
+    assert again == results
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
+    folders = [tmp_path / "straight", tmp_path / "killed"]
+    straight, killed = [
+        (*_TINY, "--out", folder, "--data-dir", data_dir) for folder in folders
+    ]
+    finished = _execute(*straight)
+    assert finished.returncode == 0, finished.stderr
+
+    process = subprocess.Popen(
+        _command(*killed),
+        cwd=_ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoint = folders[1] / "checkpoint.eqx"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folders[1] / "results.json").exists()
+
+    refused = _execute(*killed)
+    assert refused.returncode == 1
+    assert "unfinished run" in refused.stderr
+    resumed = _execute(*killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming after step" in resumed.stdout
+
+    outcomes = [json.loads((f / "results.json").read_text()) for f in folders]
+    assert _outcome(outcomes[0]) == _outcome(outcomes[1])
+    assert len(outcomes[1]["resumed_at"]) == 1
+    timings = [
+        len(solver["compile_seconds"]) for solver in outcomes[1]["solvers"].values()
+    ]
+    assert timings == [2, 2]
