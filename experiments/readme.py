@@ -1,0 +1,48 @@
+"""Writes the tables of the README from the results in `experiments/results/`.
+
+python -m experiments.readme
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from experiments.common.files import write_atomically
+from experiments.common.results import comparison_table
+
+_ROOT = Path(__file__).parents[1]
+README = _ROOT / "README.md"
+
+
+def _neural_ode_classifier(results: dict[str, Any]) -> str:
+    environment, config = results["environment"], results["config"]
+    table = comparison_table(results, "accuracy", "test accuracy", ".1%")
+    versions = environment["versions"]
+    where = (
+        f"{environment['num_cpus']} cores ({environment['platform']}), "
+        f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
+        f"seed {config['seed']}, {config['steps']} steps of batch {config['batch_size']}"
+    )
+    return f"{table}\n\nMeasured on {where}, commit `{environment['commit'][:10]}`."
+
+
+_TABLES = {"neural_ode_classifier": _neural_ode_classifier}
+
+
+def filled_in(text: str) -> str:
+    """`text` with what stands between the markers of each table replaced."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = _ROOT / "experiments" / "results" / name / "cpu.json"
+        table = _TABLES[name](json.loads(path.read_text()))
+        return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
+
+    pattern = r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    text = filled_in(README.read_text())
+    write_atomically(README, lambda file: file.write(text.encode()))
