@@ -22,7 +22,8 @@ def _neural_ode_classifier(results: dict[str, Any]) -> str:
     where = (
         f"{environment['num_cpus']} cores ({environment['platform']}), "
         f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
-        f"seed {config['seed']}, {config['steps']} steps of batch {config['batch_size']}"
+        f"seed {config['seed']}, {config['steps']} steps, "
+        f"batch {config['batch_size']}"
     )
     return f"{table}\n\nMeasured on {where}, commit `{environment['commit'][:10]}`."
 

@@ -6,9 +6,9 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diffrax_deer import DEERSolver, WholeInterval
+from diffrax_deer import DEERSolver, SequentialForward, WholeInterval
 
-SolverName = Literal["deer", "dopri5", "tsit5"]
+SolverName = Literal["deer", "deer_sequential", "dopri5", "tsit5"]
 
 
 def solve_options(
@@ -23,8 +23,13 @@ def solve_options(
     """
     adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
     deer = DEERSolver(num_steps=num_steps)
+    sequential = DEERSolver(num_steps=num_steps, forward=SequentialForward())
     return {
         "deer": {"solver": deer, "stepsize_controller": WholeInterval()},
+        "deer_sequential": {
+            "solver": sequential,
+            "stepsize_controller": WholeInterval(),
+        },
         "dopri5": {"solver": diffrax.Dopri5(), "stepsize_controller": adaptive},
         "tsit5": {"solver": diffrax.Tsit5(), "stepsize_controller": adaptive},
     }
