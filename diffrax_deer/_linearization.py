@@ -100,8 +100,9 @@ class PiecewiseConstant(AbstractLinearization):
         if increment is None:
             msg = (
                 "`PiecewiseConstant` linearizes the vector field of a differential "
-                "equation, and a recurrence has none. Use `FullJacobian()`, "
-                "`DiagonalJacobian()` or `Picard()`."
+                "equation; a recurrence, or a solver that splits the field into "
+                "several terms, has none. Use `FullJacobian()`, `DiagonalJacobian()` "
+                "or `Picard()`."
             )
             raise TypeError(msg)
         middle = (y_prev + y_next) / 2

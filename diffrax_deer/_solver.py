@@ -237,7 +237,11 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         ts = self._grid(t0, t1)
         xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
         ys, statistics = solve(
-            StepMap(inner.step, inner.increment),
+            # A solver of several terms, `SemiImplicitEuler`, has no one vector field.
+            StepMap(
+                inner.step,
+                inner.increment if isinstance(terms, diffrax.AbstractTerm) else None,
+            ),
             flat,
             xs,
             self._guess(terms, ts, y0, solver_state).astype(flat.dtype),

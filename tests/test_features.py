@@ -249,6 +249,30 @@ def test_sums_of_terms_and_controls_work_as_one_field():
         _assert_equal(parallel, run(diffrax.Heun(), diffrax.StepTo(grid)))
 
 
+def test_a_solver_of_split_terms_needs_the_full_jacobian():
+    terms = (
+        diffrax.ODETerm(lambda t, v, args: v),
+        diffrax.ODETerm(lambda t, x, args: -jnp.sin(x)),
+    )
+    run = lambda solver, controller: (
+        diffrax.diffeqsolve(
+            terms,
+            solver,
+            0.0,
+            2.0,
+            None,
+            (jnp.array([1.0]), jnp.array([0.0])),
+            stepsize_controller=controller,
+        ).ys
+    )
+    solver = diffrax.SemiImplicitEuler()
+    parallel = DEERSolver(solver, num_steps=20, linearization=FullJacobian())
+    grid = diffrax.StepTo(jnp.linspace(0.0, 2.0, 21))
+    _assert_equal(run(parallel, WholeInterval()), run(solver, grid))
+    with pytest.raises(TypeError, match=r"Use `FullJacobian\(\)`"):
+        run(DEERSolver(solver, num_steps=20), WholeInterval())
+
+
 @pytest.mark.parametrize("scan", [None, AssociativeScan()])
 def test_vmap_over_everything_equals_one_by_one(scan):
     solver = DEERSolver(diffrax.Heun(), num_steps=12, scan=scan)
