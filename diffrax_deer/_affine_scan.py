@@ -30,6 +30,8 @@ def _compose(left: tuple[Transition, State], right: tuple[Transition, State]):
     """First `left`, then `right`: the order in which a prefix scan combines."""
     (a_left, b_left), (a_right, b_right) = left, right
     a = a_right * a_left if a_left.ndim == b_left.ndim else matmul(a_right, a_left)
+    # The product of many transitions may overflow where there is nothing to multiply.
+    a_right = jnp.where(b_left == 0, 0.0, a_right)  # the columns, if it is dense
     return a, _apply(a_right, b_left) + b_right
 
 

@@ -124,11 +124,12 @@ def _expm_2x2(a: Matrix) -> Matrix:
     square = traceless[0, 0] * traceless[0, 0] + a[0, 1] * a[1, 0]
     # Each branch gets an argument of its own domain, so that no derivative is NaN.
     tiny = jnp.abs(square) < 1e-4
-    root = jnp.sqrt(jnp.where(tiny, 1.0, jnp.abs(square)))
+    root = jnp.sqrt(jnp.where(tiny | (square < 0), 1.0, square))
+    angle = jnp.sqrt(jnp.where(tiny | (square > 0), 1.0, -square))
     grow, decay = jnp.exp(mean + root), jnp.exp(mean - root)
     real = (grow + decay) / 2, -grow * jnp.expm1(-2 * root) / (2 * root)
     scale = jnp.exp(mean)
-    imaginary = scale * jnp.cos(root), scale * jnp.sin(root) / root
+    imaginary = scale * jnp.cos(angle), scale * jnp.sin(angle) / angle
     small = jnp.where(tiny, square, 0.0)
     series = (
         scale * (1 + small / 2 * (1 + small / 12 * (1 + small / 30))),
@@ -147,7 +148,7 @@ def expm(a: Matrix) -> Matrix:
     float32 and float64, differentiable in both modes. The relative error in the 1-norm
     is a small multiple of rounding times the condition number of the exponential, which
     is at least the norm of `a`. Cost: a few products of D × D matrices and one more for
-    each doubling of the norm beyond 0.6. A matrix that is not finite gives NaN.
+    each doubling of the norm beyond 0.6.
     """
     if a.shape[-1] == 1:
         return jnp.exp(a)
@@ -163,9 +164,11 @@ def phi1(a: Matrix) -> Matrix:
     Also where `a` is singular. Accuracy as that of `expm`; cost twice that of `expm`.
     """
     if a.shape[-1] == 1:
-        zero = a == 0
-        safe = jnp.where(zero, 1.0, a)
-        return jnp.where(zero, 1.0 + a / 2, jnp.expm1(safe) / safe)
+        # The quotient cancels near zero when it is differentiated.
+        small = jnp.abs(a) < _RADIUS
+        safe = jnp.where(small, 1.0, a)
+        series = _taylor(jnp.where(small, a, 0.0), offset=1)
+        return jnp.where(small, series, jnp.expm1(safe) / safe)
     z, doublings = _scale(a)
     phi = _taylor(z, offset=1)
     exp = jnp.eye(a.shape[-1], dtype=a.dtype) + matmul(z, phi)

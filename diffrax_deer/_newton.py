@@ -7,12 +7,14 @@ $$\delta_n = A_n \delta_{n-1} + r_n, \quad \delta_0 = 0, \ Y \leftarrow Y + \del
 The system is causal, so that every iteration can be checked from the front:
 
 1. a step whose update and residual, and those of all steps before it, are below
-   tolerance is final and not touched again;
+   tolerance is final, and not touched again once it has been updated;
 2. the first step that is not yet final starts from a final state, so its new value is
    $\Phi(y)$ itself, exact, and it is final too: N iterations always suffice;
 3. from the first value that is not finite on, the guess is reset to the last good one.
 
-A solve can therefore be slow but not wrong, and what it reports is measured.
+A solve can therefore be slow but not wrong. What it reports is measured: where the last
+update has moved a residual above the tolerance, the iteration goes on from there, and
+now leaves final steps as they were measured.
 """
 
 import abc
@@ -74,7 +76,8 @@ class NewtonIteration(eqx.Module):
         scale = jnp.maximum(_norm(ys), _norm(shift(y0, ys)))
         return self.atol + self.rtol * scale
 
-    def _update(self, step_map: StepMap, y0: State, xs: PyTree[Any], carry):
+    def _update(self, step_map: StepMap, y0: State, xs: PyTree[Any], strict, carry):
+        """One iteration; if `strict`, steps become final as they are, not updated."""
         ys, num_final, num_iterations, _ = carry
         index = jnp.arange(len(ys))[:, None]
         linearize = jax.vmap(ft.partial(self.linearization, step_map))
@@ -83,7 +86,10 @@ class NewtonIteration(eqx.Module):
         residuals = jnp.where(index < num_final, 0.0, images - ys)
         axes = tuple(range(1, transitions.ndim))
         usable = jnp.all(jnp.isfinite(transitions), axis=axes, keepdims=True)
-        updates = self.scan(jnp.where(usable, transitions, 0.0), residuals)
+        # Up to the first open step there is no update to carry on: with transitions of
+        # zero the overflow of long products stays away from final steps.
+        open_step = (jnp.arange(len(ys)) > num_final).reshape(usable.shape)
+        updates = self.scan(jnp.where(usable & open_step, transitions, 0.0), residuals)
         # Not `ys + updates` on the first open step: next to a huge guess the small true
         # value would be lost to rounding.
         new = jnp.where(index == num_final, images, ys + updates)
@@ -95,40 +101,50 @@ class NewtonIteration(eqx.Module):
         # The values of the first open step are exact; if they are not finite, then no
         # number of iterations makes them so.
         lost = num_finite <= num_final
-        num_final = jnp.maximum(_prefix(small), num_final + 1)
-        num_final = jnp.minimum(num_final, num_finite)
+        num_small = _prefix(small)
         last_good = jnp.where(num_finite == 0, y0, new[num_finite - 1])
         new = jnp.where(index < num_finite, new, last_good)
-        return new, num_final, num_iterations + 1, lost
+        new = jnp.where(strict & (index < num_small), ys, new)
+        return new, jnp.maximum(num_small, num_final + 1), num_iterations + 1, lost
 
     def __call__(
         self, step_map: StepMap, y0: State, xs: PyTree[Any], guess: States
     ) -> tuple[States, Statistics]:
         """Solves the recurrence from `y0` `(state,)` along `guess` `(time, state)`."""
         num_steps = len(guess)
-        limit = num_steps if self.max_iterations is None else self.max_iterations
-        zero = jnp.array(0, int)
+        # Twice: N for the first attempt, N for one that leaves final steps alone.
+        limit = 2 * num_steps if self.max_iterations is None else self.max_iterations
 
         def unfinished(carry):
             _, num_final, num_iterations, lost = carry
             return (num_final < num_steps) & (num_iterations < limit) & ~lost
 
-        ys, _, num_iterations, lost = lax.while_loop(
-            unfinished,
-            ft.partial(self._update, step_map, y0, xs),
-            (guess, zero, zero, jnp.array(False)),
+        def attempt(carry):
+            strict, _, carry = carry
+            update = ft.partial(self._update, step_map, y0, xs, strict)
+            ys, _, num_iterations, lost = lax.while_loop(unfinished, update, carry)
+            residuals = _norm(jax.vmap(step_map.step)(xs, shift(y0, ys)) - ys)
+            num_solved = _prefix(residuals <= self._tolerance(y0, ys))
+            carry = ys, num_solved, num_iterations, lost
+            return jnp.array(True), jnp.max(residuals), carry
+
+        zero = jnp.array(0, int)
+        init = guess, zero, zero, jnp.array(False)
+        _, residual, (ys, num_solved, num_iterations, lost) = lax.while_loop(
+            lambda carry: ~carry[0] | unfinished(carry[2]),
+            attempt,
+            (jnp.array(False), jnp.zeros((), guess.dtype), init),
         )
-        residuals = _norm(jax.vmap(step_map.step)(xs, shift(y0, ys)) - ys)
-        solved = jnp.all(residuals <= self._tolerance(y0, ys))
-        exhausted = (num_iterations >= limit) & (limit < num_steps)
+        solved = (num_solved == num_steps) & ~lost
+        exhausted = num_iterations >= limit
         result = optx.RESULTS.where(
             exhausted,
             optx.RESULTS.nonlinear_max_steps_reached,
             optx.RESULTS.nonlinear_divergence,
         )
         result = optx.RESULTS.where(lost, optx.RESULTS.nonfinite, result)
-        result = optx.RESULTS.where(solved & ~lost, optx.RESULTS.successful, result)
-        return ys, Statistics(num_iterations, jnp.max(residuals), result)
+        result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
+        return ys, Statistics(num_iterations, residual, result)
 
 
 class AbstractForward(eqx.Module):

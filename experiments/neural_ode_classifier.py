@@ -118,7 +118,7 @@ class Config:
         """Raises an error that names the first setting that makes no sense."""
         counts = ("steps", "batch_size", "evaluations", "num_steps")
         sizes = ("state_dim", "readout_dim", "width")
-        smallest = dict.fromkeys((*counts, *sizes), 1) | {"depth": 0}
+        smallest = dict.fromkeys((*counts, *sizes), 1) | {"depth": 0, "seed": 0}
         for name, bound in smallest.items():
             if getattr(self, name) < bound:
                 flag = f"--{name.replace('_', '-')}"

@@ -61,15 +61,11 @@ def _execute(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def _outcome(results: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on when it was computed."""
-    timings = ("seconds",)
     return {
-        name: {
-            "losses": solver["losses"],
-            "evaluations": [
-                {key: value for key, value in evaluation.items() if key not in timings}
-                for evaluation in solver["evaluations"]
-            ],
-        }
+        name: (
+            solver["losses"],
+            [evaluation | {"seconds": None} for evaluation in solver["evaluations"]],
+        )
         for name, solver in results["solvers"].items()
     }
 
@@ -214,28 +210,33 @@ def _train(runs, num_steps, save=lambda: None, batches_from=_batches_from):
     train(runs, optax.adam(1e-2), batches_from, num_steps, 2, "size", save)
 
 
-def test_training_resumes_where_it_was(tmp_path):
+@pytest.mark.parametrize("interrupted", [0, 4, 7])
+def test_training_resumes_where_it_was(tmp_path, interrupted):
     straight = {"a": _make_run(), "b": _make_run(1)}
     _train(straight, 7)
     assert [len(run.record.losses) for run in straight.values()] == [7, 7]
 
     folder = RunFolder(tmp_path, {})
-    halves = {"a": _make_run(), "b": _make_run(1)}
-    _train(halves, 4, save=lambda: folder.save(halves))
+    begun = {"a": _make_run(), "b": _make_run(1)}
+
+    def save():
+        if len(begun["a"].record.losses) <= interrupted:
+            folder.save(begun)
+
+    _train(begun, 7, save)
     resumed = {"a": _make_run(), "b": _make_run(1)}
     folder.restore(resumed)
-    assert folder.resumed_at == [4]
-    _train(resumed, 7, save=lambda: folder.save(resumed))
+    assert folder.resumed_at == [interrupted]
+    _train(resumed, 7)
 
     for name, run in straight.items():
         assert run.record.losses == resumed[name].record.losses
         assert eqx.tree_equal(run.state, resumed[name].state)
-        assert len(resumed[name].record.compile_seconds) == 2
+        # One that has come to its end need not compile anything.
+        num_compilations = 1 if interrupted == 7 else 2
+        assert len(resumed[name].record.compile_seconds) == num_compilations
         steps = [entry["step"] for entry in resumed[name].record.evaluations]
         assert steps == [0, 2, 4, 6, 7]
-
-    _train(resumed, 7)
-    assert len(resumed["a"].record.losses) == 7
 
 
 def test_methods_take_turns():
@@ -396,6 +397,7 @@ def test_plot(tmp_path, losses):
         ({"steps": -1, "smoke": True}, r"--steps is -1\. Choose at least 1"),
         ({"batch_size": 0}, "--batch-size is 0. Choose at least 1"),
         ({"batch_size": 1438}, "has 1437 training images. Choose at most"),
+        ({"seed": -1}, "--seed is -1. Choose at least 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan. Choose a positive"),
         ({"rtol": 0.0}, "--rtol is 0.0. Choose a positive"),
         ({"readout_dim": 9}, r"only 8 components\. Lower it"),
@@ -477,9 +479,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
     assert process.wait() == -signal.SIGKILL
     assert not (folders[1] / "results.json").exists()
 
-    refused = _execute(*killed)
-    assert refused.returncode == 1
-    assert "unfinished run" in refused.stderr
     resumed = _execute(*killed, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming after step" in resumed.stdout
@@ -487,7 +486,3 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
     outcomes = [json.loads((f / "results.json").read_text()) for f in folders]
     assert _outcome(outcomes[0]) == _outcome(outcomes[1])
     assert len(outcomes[1]["resumed_at"]) == 1
-    timings = [
-        len(solver["compile_seconds"]) for solver in outcomes[1]["solvers"].values()
-    ]
-    assert timings == [2, 2]

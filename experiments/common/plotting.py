@@ -16,6 +16,7 @@ _STYLES = (
     {"color": "tab:orange", "linestyle": "-", "linewidth": 3.0},
     {"color": "tab:blue", "linestyle": "--", "linewidth": 2.0},
     {"color": "black", "linestyle": ":", "linewidth": 1.8},
+    {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
 )
 
 

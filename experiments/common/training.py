@@ -106,7 +106,7 @@ def train(
     first = next(batches)
     batches = itertools.chain([first], batches)
     steps = {name: _compile(run, optimizer, first) for name, run in runs.items()}
-    if done == 0:
+    if not any(run.record.evaluations for run in runs.values()):
         for run in runs.values():
             _evaluate(run)
         save()
