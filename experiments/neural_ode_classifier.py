@@ -80,7 +80,7 @@ class Config:
     """
 
     dataset: Literal["digits", "mnist"] = "digits"
-    solver: tuple[SolverName, ...] = ("deer", "dopri5", "tsit5")
+    solver: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5", "tsit5")
     seed: int = 0
     steps: int = 1000
     batch_size: int = 64
@@ -93,7 +93,7 @@ class Config:
     time_dependent: bool = True
     rtol: float = 1e-5
     atol: float = 1e-5
-    num_steps: int = 8
+    num_steps: int = 4
     evaluations: int = 12
     smoke: bool = False
     resume: bool = False
