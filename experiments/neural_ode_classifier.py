@@ -7,7 +7,7 @@ The image is encoded linearly into a small state h(0), which flows along
 and the first few components of h(1) are read out linearly into class probabilities.
 They are too few for a linear model of the digits, so that the flow has to help: with
 five out of eight, training without the ODE ends near 94 % test accuracy and with it
-between 95.5 and 97 %, and the trained weights without their ODE between 68 and 86 %.
+between 95.5 and 97.5 %, and the trained weights without their ODE between 68 and 86 %.
 
 Every solver trains the same initial weights on the same batches. They differ in the
 arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing else.
