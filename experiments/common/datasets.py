@@ -9,8 +9,10 @@ TFDS prepares each once below a data directory and reads it back with random acc
 An interrupted preparation leaves only an `incomplete.*` folder, which is never read.
 """
 
+import fnmatch
 import gzip
 import json
+import os
 import queue
 import struct
 import threading
@@ -92,9 +94,15 @@ def _find_connection_error(url: str) -> Exception | None:
         return TimeoutError(f"no answer within {_CONNECTION_TIMEOUT:g} s")
 
 
+def _files(folder: Path, pattern: str) -> Iterator[Path]:
+    # Not `rglob`: it fails when a download in the background removes its folder.
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in fnmatch.filter(names, pattern))
+
+
 def _downloaded_urls(download_dir: Path) -> set[str]:
     """Reads the `INFO` files that TFDS writes next to complete downloads."""
-    infos = download_dir.rglob("*.INFO")
+    infos = _files(download_dir, "*.INFO")
     complete = [info for info in infos if info.with_suffix("").exists()]
     return {url for info in complete for url in json.loads(info.read_text())["urls"]}
 
