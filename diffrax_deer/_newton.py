@@ -9,12 +9,12 @@ The system is causal, so that every iteration can be checked from the front:
 1. a step whose update and residual, and those of all steps before it, are below
    tolerance is final, and not touched again once it has been updated;
 2. the first step that is not yet final starts from a final state, so its new value is
-   $\Phi(y)$ itself, exact, and it is final too: N iterations always suffice;
+   $\Phi(y)$ itself, exact, and it is final too: N iterations end an attempt;
 3. from the first value that is not finite on, the guess is reset to the last good one.
 
 A solve can therefore be slow but not wrong. What it reports is measured: where the last
 update has moved a residual above the tolerance, the iteration goes on from there, and
-now leaves final steps as they were measured.
+now leaves final steps as they were measured: at most 2 N iterations in all.
 """
 
 import abc

@@ -78,9 +78,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     - `rtol`, `atol`: tolerances of the Newton iteration, for the update and the
         residual of each step relative to the norm of the state; not those of the
         differential equation. `None` means close to rounding, eps**0.75, and zero.
-    - `max_iterations`: at most this many iterations; `None` means `num_steps`, which
-        always suffices. A window that has not converged is a failure, which an
-        adaptive step size controller answers with a smaller window.
+    - `max_iterations`: at most this many iterations; `None` means
+        `2 * num_steps`, twice what a first attempt can take. A window that has not
+        converged is a failure, which an adaptive step size controller answers with a
+        smaller window.
     - `guess`: a `diffrax.AbstractPath` close to the solution: a coarse solve with
         `SaveAt(dense=True)`, an interpolation... `None` means the constant y0, or the
         trajectory in `solver_state` where there is one.
