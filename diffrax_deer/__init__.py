@@ -5,6 +5,7 @@ Newton's method on a whole trajectory (DEER, arXiv:2309.12252) inside diffrax.
 
 import importlib.metadata
 
+from ._adjoint import DEERAdjoint as DEERAdjoint
 from ._affine_scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,

@@ -35,13 +35,15 @@ def linearization_points(
 ) -> tuple[PyTree[Any], States]:
     """The `x` and the state of each step, of leading axis `time`, to linearize at.
 
-    Where a solve has failed, these are `idle` and `y0`: a controller that rejects the
-    step multiplies its derivatives by zero, and zero times NaN would be NaN.
+    For the steps that were not solved these are `idle` and `y0`: a controller that
+    rejects them multiplies their derivatives by zero, and zero times NaN would be NaN.
     """
-    failed = statistics.result != optx.RESULTS.successful
+    solved = jnp.arange(len(ys)) < statistics.num_solved
     if idle is not None:
-        xs = jax.tree.map(lambda x, i: jnp.where(failed, i, x), xs, idle)
-    return xs, jnp.where(failed, y0[None], shift(y0, ys))
+        select = jax.vmap(lambda s, x, i: jnp.where(s, x, i), in_axes=(0, 0, None))
+        xs = jax.tree.map(lambda x, i: select(solved, x, i), xs, idle)
+    start = lax.stop_gradient(y0)[None]
+    return xs, jnp.where(solved[:, None], shift(y0, ys), start)
 
 
 @eqx.filter_custom_jvp
@@ -103,8 +105,8 @@ def solve(
     """
     if y0.size == 0:
         zero = jnp.zeros((), guess.dtype)
-        statistics = Statistics(jnp.array(0, int), zero, optx.RESULTS.successful)
-        return guess, statistics
+        count = jnp.array(0, int), jnp.array(len(guess), int)
+        return guess, Statistics(count[0], zero, count[1], optx.RESULTS.successful)
     x = jax.tree.map(lambda x: x[0], xs)
     convert = lambda f: eqx.filter_closure_convert(f, x, y0)
     increment = step_map.increment

@@ -40,11 +40,13 @@ class Statistics(eqx.Module):
         made in sequence.
     - `residual`: the largest component of $|\Phi_n(y_{n-1}) - y_n|$ over all steps, in
         the units of y, measured on the result.
+    - `num_solved`: the leading steps whose residual is below tolerance, N on success.
     - `result`: an `optimistix.RESULTS`.
     """
 
     num_iterations: Int[Array, ""]
     residual: Float[Array, ""]
+    num_solved: Int[Array, ""]
     result: optx.RESULTS
 
 
@@ -144,7 +146,7 @@ class NewtonIteration(eqx.Module):
         )
         result = optx.RESULTS.where(lost, optx.RESULTS.nonfinite, result)
         result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
-        return ys, Statistics(num_iterations, residual, result)
+        return ys, Statistics(num_iterations, residual, num_solved, result)
 
 
 class AbstractForward(eqx.Module):
@@ -193,4 +195,4 @@ class SequentialForward(AbstractForward):
             jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
         zero = jnp.zeros((), ys.dtype)
-        return ys, Statistics(jnp.array(0, int), zero, result)
+        return ys, Statistics(jnp.array(0, int), zero, num_finite, result)

@@ -1,7 +1,6 @@
 """`DEERSolver`: a window of steps of any diffrax solver, solved at once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -11,22 +10,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._affine_scan import AbstractScan, PlatformScan
-from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
-from ._implicit import linearization_points, solve
+from ._checks import (
+    check_count,
+    check_guess,
+    check_instance,
+    check_noise,
+    check_step_map,
+    check_tolerance,
+    check_window_state,
+)
+from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from ._interpolation import WindowInterpolations
-from ._linearization import AbstractLinearization, PiecewiseConstant, StepMap
+from ._linearization import AbstractLinearization, PiecewiseConstant
 from ._newton import AbstractForward, NewtonIteration, ParallelForward
 from ._step_map import SolverStep, prepare, ravel, rounding, widest
-
-# Their steps carry more than the state from one to the next, or need a noise.
-_NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
-_STOCHASTIC = (
-    diffrax.AbstractSRK,
-    diffrax.AbstractFosterLangevinSRK,
-    diffrax.EulerHeun,
-    diffrax.ItoMilstein,
-    diffrax.StratonovichMilstein,
-)
+from ._trajectory import Trajectory, largest_error, solve_grid
 
 
 class WindowState(eqx.Module):
@@ -113,28 +111,31 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     forward: AbstractForward | None = None
 
     def __check_init__(self):
-        _check_count("num_steps", self.num_steps)
+        check_count("num_steps", self.num_steps)
         if self.max_iterations is not None:
-            _check_count("max_iterations", self.max_iterations)
-        _check_instance("solver", self.solver, diffrax.AbstractSolver, "Dopri5()")
-        _check_instance(
+            check_count("max_iterations", self.max_iterations)
+        check_instance("solver", self.solver, diffrax.AbstractSolver, "Dopri5()")
+        check_instance(
             "linearization",
             self.linearization,
             AbstractLinearization,
             "PiecewiseConstant()",
         )
         if self.scan is not None:
-            _check_instance("scan", self.scan, AbstractScan, "SequentialScan()")
+            check_instance("scan", self.scan, AbstractScan, "SequentialScan()")
         if self.forward is not None:
-            _check_instance(
+            check_instance(
                 "forward", self.forward, AbstractForward, "SequentialForward()"
             )
         if self.guess is not None:
             example = "a `Solution` saved with `SaveAt(dense=True)`"
-            _check_instance("guess", self.guess, diffrax.AbstractPath, example)
+            check_instance("guess", self.guess, diffrax.AbstractPath, example)
         for name in ("rtol", "atol"):
-            _check_tolerance(name, getattr(self, name))
-        _check_step_map(self.solver)
+            check_tolerance(name, getattr(self, name))
+        if isinstance(self.solver, DEERSolver):
+            msg = "`solver` is a `DEERSolver` itself; pass its inner solver."
+            raise ValueError(msg)
+        check_step_map(self.solver)
 
     @property
     def term_structure(self):
@@ -164,7 +165,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The vector field."""
         return self.solver.func(terms, t0, y0, args)
 
-    def _grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " time+1"]:
+    def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " time+1"]:
+        """The times of the steps of the window from `t0` to `t1`."""
         return jnp.linspace(t0, t1, self.num_steps + 1)
 
     def init(
@@ -177,28 +179,22 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> WindowState:
         """The guess of the first window: the constant y0."""
         del args
-        is_noise = lambda x: isinstance(x, diffrax.AbstractBrownianPath)
-        if any(is_noise(x) for x in jax.tree.leaves(terms, is_leaf=is_noise)):
-            msg = (
-                "`DEERSolver` solves ordinary and controlled differential equations; "
-                "found a Brownian motion in `terms`. Use one of diffrax's SDE solvers, "
-                "`diffrax.Heun()` or `diffrax.SPaRK()` for example."
-            )
-            raise ValueError(msg)
+        check_noise(terms)
         flat, _ = ravel(y0)
-        ts = self._grid(t0, t1)
+        ts = self.grid(t0, t1)
         ys = jnp.broadcast_to(flat, (len(ts), flat.size))
         zero = jnp.zeros((), flat.dtype)
         state = WindowState(ts, ys, jnp.array(0, int), zero)
         return lax.stop_gradient(state)
 
-    def _iteration(self, y0: Y) -> NewtonIteration:
+    def _iteration(self, y0: Y, num_windows: int) -> NewtonIteration:
+        limit = self.max_iterations
         return NewtonIteration(
             self.linearization,
             PlatformScan() if self.scan is None else self.scan,
             rounding(y0) ** 0.75 if self.rtol is None else self.rtol,
             0.0 if self.atol is None else self.atol,
-            self.max_iterations,
+            None if limit is None else limit * num_windows,
         )
 
     def _guess(
@@ -217,8 +213,49 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
-        _check_guess(guess, times[0], y0)
+        check_guess(guess, times[0], y0)
         return jax.vmap(lambda t: ravel(guess.evaluate(t))[0])(times)
+
+    def inner_step(
+        self, terms: PyTree[diffrax.AbstractTerm], y0: Y, args: Args
+    ) -> SolverStep:
+        """One step of the inner solver, on the ravelled state."""
+        check_noise(terms)
+        solver = prepare(self.solver, rounding(y0))
+        return SolverStep(solver, terms, args, ravel(y0)[1])
+
+    def trajectory(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        ts: Float[Array, " time+1"],
+        y0: Y,
+        args: Args,
+        solver_state: WindowState,
+        *,
+        forward: AbstractForward | None = None,
+        num_windows: int = 1,
+    ) -> Trajectory:
+        """Solves the steps of one or of several consecutive windows, all at once.
+
+        **Arguments:**
+
+        - `terms`, `y0`, `args`: as for any diffrax solver.
+        - `ts`: the times of all the steps, increasing.
+        - `solver_state`: what the guess is taken from.
+        - `forward`: in place of the solver's own.
+        - `num_windows`: how many windows `ts` consists of; `max_iterations` is for one.
+
+        **Returns:**
+
+        A `Trajectory`, differentiable.
+        """
+        flat, _ = ravel(y0)
+        inner = self.inner_step(terms, y0, args)
+        if forward is None:
+            forward = ParallelForward() if self.forward is None else self.forward
+        guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
+        iteration = self._iteration(y0, num_windows)
+        return solve_grid(inner, ts, flat, guess, forward, iteration)
 
     def step(
         self,
@@ -232,117 +269,27 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> tuple[Y, Y | None, DenseInfo, WindowState, diffrax.RESULTS]:
         """Solves one window; arguments and result as for any diffrax solver."""
         del made_jump
-        iteration = self._iteration(y0)
-        flat, unravel = ravel(y0)
-        inner = SolverStep(prepare(self.solver, rounding(y0)), terms, args, unravel)
-        ts = self._grid(t0, t1)
-        xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
-        ys, statistics = solve(
-            # A solver of several terms, `SemiImplicitEuler`, has no one vector field.
-            StepMap(
-                inner.step,
-                inner.increment if isinstance(terms, diffrax.AbstractTerm) else None,
-            ),
-            flat,
-            xs,
-            self._guess(terms, ts, y0, solver_state).astype(flat.dtype),
-            ParallelForward() if self.forward is None else self.forward,
-            iteration,
-            idle,
-        )
+        check_window_state(solver_state, self.num_steps)
+        ts = self.grid(t0, t1)
+        trajectory = self.trajectory(terms, ts, y0, args, solver_state)
         # The step of the converged trajectory, once more for what is not a state: a
         # plain function of the solution, differentiated as such.
-        points = linearization_points(flat, xs, ys, statistics, idle)
-        _, errors, infos, inner_results = jax.vmap(inner.full)(*points)
-        result = _result(statistics, inner_results)
-        y_error = None if errors is None else unravel(_largest(errors, result))
-        state = WindowState(
-            ts,
-            jnp.concatenate([flat[None], ys]),
-            statistics.num_iterations,
-            statistics.residual,
-        )
+        errors, infos, inner_okay = trajectory.details()
+        result = trajectory.result(inner_okay)
+        error = largest_error(errors, result)
+        unravel = trajectory.inner.unravel
+        y_error = None if error is None else unravel(error)
         dense_info = {"ts": ts, "infos": infos}
-        return unravel(ys[-1]), y_error, dense_info, lax.stop_gradient(state), result
+        state = window_state(trajectory)
+        return unravel(trajectory.ys[-1]), y_error, dense_info, state, result
 
 
-def _result(statistics: Any, inner_results: diffrax.RESULTS) -> diffrax.RESULTS:
-    result = diffrax.RESULTS.promote(statistics.result)
-    inner_okay = jnp.all(inner_results == diffrax.RESULTS.successful)
-    inner_failed = (result == diffrax.RESULTS.successful) & ~inner_okay
-    return diffrax.RESULTS.where(
-        inner_failed,
-        diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
-        result,
+def window_state(trajectory: Trajectory) -> WindowState:
+    """What the next solve may take its guess from; carries no derivative."""
+    state = WindowState(
+        trajectory.ts,
+        jnp.concatenate([trajectory.y0[None], trajectory.ys]),
+        trajectory.statistics.num_iterations,
+        trajectory.statistics.residual,
     )
-
-
-def _largest(errors: Float[Array, "time state"], result: diffrax.RESULTS) -> State:
-    """The largest error of any step, infinite if there is no solution to speak of."""
-    failed = result != diffrax.RESULTS.successful
-    return jnp.where(failed, jnp.inf, jnp.max(jnp.abs(errors), axis=0))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"`{name}` must be a Python int of at least 1; got {value!r}."
-        raise TypeError(msg)
-    if value < 1:
-        msg = f"`{name}` must be at least 1; got {value}."
-        raise ValueError(msg)
-
-
-def _check_instance(name: str, value: Any, cls: type, example: str) -> None:
-    if isinstance(value, cls):
-        return
-    hint = f"Pass an instance, {name}={example} for example"
-    if isinstance(value, type) and issubclass(value, cls):
-        msg = f"`{name}` got the class `{value.__name__}`. {hint}."
-    else:
-        msg = f"`{name}` must be a `{cls.__name__}`; got {value!r}. {hint}."
-    raise TypeError(msg)
-
-
-def _check_tolerance(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"`{name}` must be a Python float or `None`; got {value!r}."
-        raise TypeError(msg)
-    if not 0 <= value < float("inf"):
-        msg = f"`{name}` must be finite and not negative; got {value!r}."
-        raise ValueError(msg)
-
-
-def _check_step_map(solver: diffrax.AbstractSolver) -> None:
-    name = type(solver).__name__
-    if isinstance(solver, DEERSolver):
-        msg = (
-            "`solver` is a `DEERSolver` itself; pass its inner solver and `num_steps`."
-        )
-        raise ValueError(msg)
-    if isinstance(solver, _STOCHASTIC):
-        msg = (
-            f"`solver` must be a solver of ordinary differential equations; got the "
-            f"SDE solver `{name}`. Use `Dopri5()`, or `Kvaerno5()` if the equation is "
-            "stiff."
-        )
-        raise ValueError(msg)
-    if isinstance(solver, _NOT_ONE_STEP):
-        msg = (
-            f"`solver` must be a one-step method; `{name}` carries more than the state "
-            "from one step to the next. Use `Midpoint()` or `Heun()`."
-        )
-        raise ValueError(msg)
-
-
-def _check_guess(guess: diffrax.AbstractPath, t: Any, y0: Y) -> None:
-    shapes = lambda x: jax.tree.map(lambda leaf: jnp.shape(leaf), x)
-    value = jax.eval_shape(guess.evaluate, t)
-    same = jax.tree.structure(value) == jax.tree.structure(y0)
-    if not same or jax.tree.leaves(shapes(value)) != jax.tree.leaves(shapes(y0)):
-        msg = (
-            "`guess.evaluate(t)` must have the structure and shapes of `y0`, which are "
-            f"{shapes(y0)}; got {shapes(value)}."
-        )
-        raise ValueError(msg)
+    return lax.stop_gradient(state)

@@ -22,11 +22,16 @@ _LAYERS = [
     "_newton",
     "_implicit",
     "_step_map",
+    "_trajectory",
     "_exponential",
     "_deer_scan",
     "_interpolation",
+    "_checks",
     "_controller",
     "_solver",
+    "_windows",
+    "_saving",
+    "_events",
     "_adjoint",
 ]
 

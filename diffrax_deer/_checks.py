@@ -1,0 +1,109 @@
+"""What the arguments of the public classes have to be, and what to pass instead."""
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ._custom_types import Y
+
+# Their steps carry more than the state from one to the next, or need a noise.
+_NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
+_STOCHASTIC = (
+    diffrax.AbstractSRK,
+    diffrax.AbstractFosterLangevinSRK,
+    diffrax.EulerHeun,
+    diffrax.ItoMilstein,
+    diffrax.StratonovichMilstein,
+)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is a Python int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        msg = f"`{name}` must be a Python int of at least 1; got {value!r}."
+        raise TypeError(msg)
+    if value < 1:
+        msg = f"`{name}` must be at least 1; got {value}."
+        raise ValueError(msg)
+
+
+def check_instance(name: str, value: Any, cls: type, example: str) -> None:
+    """Raises unless `value` is an instance of `cls`."""
+    if isinstance(value, cls):
+        return
+    hint = f"Pass an instance, {name}={example} for example"
+    if isinstance(value, type) and issubclass(value, cls):
+        msg = f"`{name}` got the class `{value.__name__}`. {hint}."
+    else:
+        msg = f"`{name}` must be a `{cls.__name__}`; got {value!r}. {hint}."
+    raise TypeError(msg)
+
+
+def check_tolerance(name: str, value: Any) -> None:
+    """Raises unless `value` is `None` or a finite float, not negative."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"`{name}` must be a Python float or `None`; got {value!r}."
+        raise TypeError(msg)
+    if not 0 <= value < float("inf"):
+        msg = f"`{name}` must be finite and not negative; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_step_map(solver: diffrax.AbstractSolver) -> None:
+    """Raises for solvers that are not one-step methods of an equation without noise."""
+    name = type(solver).__name__
+    if isinstance(solver, _STOCHASTIC):
+        msg = (
+            f"`solver` must be a solver of ordinary differential equations; got the "
+            f"SDE solver `{name}`. Use `Dopri5()`, or `Kvaerno5()` if the equation is "
+            "stiff."
+        )
+        raise ValueError(msg)
+    if isinstance(solver, _NOT_ONE_STEP):
+        msg = (
+            f"`solver` must be a one-step method; `{name}` carries more than the state "
+            "from one step to the next. Use `Midpoint()` or `Heun()`."
+        )
+        raise ValueError(msg)
+
+
+def check_guess(guess: diffrax.AbstractPath, t: Any, y0: Y) -> None:
+    """Raises unless the path `guess` has values like `y0`."""
+    shapes = lambda x: jax.tree.map(lambda leaf: jnp.shape(leaf), x)
+    value = jax.eval_shape(guess.evaluate, t)
+    same = jax.tree.structure(value) == jax.tree.structure(y0)
+    if not same or jax.tree.leaves(shapes(value)) != jax.tree.leaves(shapes(y0)):
+        msg = (
+            "`guess.evaluate(t)` must have the structure and shapes of `y0`, which are "
+            f"{shapes(y0)}; got {shapes(value)}."
+        )
+        raise ValueError(msg)
+
+
+def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
+    """Raises for stochastic differential equations."""
+    is_noise = lambda x: isinstance(x, diffrax.AbstractBrownianPath)
+    if any(is_noise(x) for x in jax.tree.leaves(terms, is_leaf=is_noise)):
+        msg = (
+            "`DEERSolver` solves ordinary and controlled differential equations; "
+            "found a Brownian motion in `terms`. Use one of diffrax's SDE solvers, "
+            "`diffrax.Heun()` or `diffrax.SPaRK()` for example."
+        )
+        raise ValueError(msg)
+
+
+def check_window_state(state: Any, num_steps: int) -> None:
+    """Raises unless the state of the solver is one window of `num_steps` steps."""
+    if len(state.ts) != num_steps + 1:
+        msg = (
+            f"`solver_state` holds {len(state.ts) - 1} steps, but a window has "
+            f"`num_steps={num_steps}`. It has to come from a solve with the same "
+            "`num_steps`; one of several windows solved together, as "
+            "`DEERAdjoint` does with `StepTo`, only fits another such solve."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,162 @@
+"""`SaveAt`, read out for all times at once."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._custom_types import Args, DenseInfo, RealScalarLike, Y
+from ._step_map import SolverStep
+from ._windows import Ends, Outcome, Steps
+
+
+def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterpolation:
+    """The inner solver's interpolation of one step, `(1,)` of them."""
+    step = step[0]
+    info = inner.full((step.t0s, step.t1s), step.y0s)[2]
+    return inner.solver.interpolation_cls(t0=step.t0s, t1=step.t1s, **info)
+
+
+def interpolate(
+    inner: SolverStep, outcome: Outcome, ts: Float[Array, " times"]
+) -> PyTree[Array]:
+    """The solution at all of `ts`, leaves of leading axis `times`.
+
+    Evaluates each step once, or once for each time, whichever is less.
+    """
+    steps, index = outcome.steps, outcome.index
+    if len(ts) < len(steps.ends):
+        steps, index = steps[index], jnp.arange(len(ts))
+    t0s, t1s = steps.t0s, steps.t1s
+    infos = jax.vmap(inner.full)((t0s, t1s), steps.y0s)[2]
+    chosen = jax.tree.map(lambda x: x[index], (t0s, t1s, infos))
+
+    def evaluate(t, t0, t1, info):
+        return inner.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
+
+    return jax.vmap(evaluate)(ts, *chosen)
+
+
+def dense(
+    inner: SolverStep, steps: Steps, t0: RealScalarLike, contiguous: bool
+) -> tuple[Float[Array, " time+1"], DenseInfo, Int[Array, ""]]:
+    """Times, dense information and number of the steps, each one a window of its own.
+
+    `contiguous` if the steps that have been taken come before all others.
+    """
+    count = jnp.sum(steps.taken)
+    if not contiguous:
+        steps = steps[jnp.flatnonzero(steps.taken, size=len(steps.taken))]
+    times = jnp.stack([steps.t0s, steps.t1s], axis=1)
+    infos = jax.vmap(inner.full)((steps.t0s, steps.t1s), steps.y0s)[2]
+    here = jnp.arange(len(steps.ends)) < count
+    ends = jnp.where(here, steps.ends, jnp.inf)
+    ts = jnp.concatenate([jnp.asarray(t0)[None], ends])
+    return ts, {"ts": times, "infos": jax.tree.map(lambda x: x[:, None], infos)}, count
+
+
+class Final(eqx.Module):
+    """Where the solve has ended.
+
+    `cut`: whether this may be before the end of the last step, at the root of an event.
+    """
+
+    t: RealScalarLike
+    y: Y
+    num_accepted: Int[Array, ""]
+    cut: bool = eqx.field(static=True)
+
+
+class SaveTimes(eqx.Module):
+    """The part of the solution at the times of one `SubSaveAt`."""
+
+    ts: Float[Array, " times"]
+    ys: PyTree[Array]
+    found: Bool[Array, " times"]
+
+
+def save(
+    sub: diffrax.SubSaveAt,
+    buffers: tuple[Array, PyTree[Array]],
+    args: Args,
+    start: tuple[RealScalarLike, Y],
+    times: SaveTimes | None,
+    ends: tuple[Ends, PyTree[Array]] | None,
+    final: Final,
+) -> tuple[Array, PyTree[Array]]:
+    """Fills the `buffers` of one `SubSaveAt`, in the order that diffrax has.
+
+    That order is: t0, then `ts` and the ends of steps by time, t1, and what is left is
+    infinite.
+    """
+    function = lambda t, y: sub.fn(t, y, args)
+    one = lambda t, y: jax.tree.map(lambda x: x[None], (jnp.asarray(t), function(t, y)))
+    offset, num_saved = (1 if sub.t0 else 0), 0
+    # Positions are beyond the end for what is not to be saved.
+    size, parts = len(buffers[0]), []
+    if sub.t0:
+        parts.append((jnp.zeros(1, int), one(*start)))
+    saved_ends = None
+    if ends is not None and sub.steps != 0:
+        saved_ends = ends[0].kept & (ends[0].counts % sub.steps == 0)
+        if final.cut:
+            saved_ends = saved_ends & (ends[0].ts <= final.t)
+    if times is not None:
+        found = times.found
+        if final.cut:
+            found = found & (times.ts <= final.t)
+        where = offset + jnp.arange(len(found))
+        if saved_ends is not None:
+            where = where + _count_before(ends[0], saved_ends, times.ts)
+        parts.append(
+            (
+                jnp.where(found, where, size),
+                (times.ts, jax.vmap(function)(times.ts, times.ys)),
+            )
+        )
+        num_saved = num_saved + jnp.sum(found)
+    if saved_ends is not None:
+        assert ends is not None
+        where = offset + jnp.cumsum(saved_ends) - 1
+        if times is not None:
+            before = jnp.searchsorted(times.ts, ends[0].last, side="right")
+            where = where + jnp.minimum(before.astype(int), num_saved)
+        values = jax.vmap(function)(ends[0].ts, ends[1])
+        parts.append((jnp.where(saved_ends, where, size), (ends[0].ts, values)))
+        num_saved = num_saved + jnp.sum(saved_ends)
+    write = _saves_end(sub, final)
+    if write is not False:
+        where = jnp.where(write, offset + num_saved, size)
+        parts.append((where[None], one(final.t, final.y)))
+    for where, values in parts:
+        set_ = lambda b, x, where=where: b.at[where].set(x.astype(b.dtype), mode="drop")
+        buffers = jax.tree.map(set_, buffers, values)
+    return buffers
+
+
+def _count_before(
+    ends: Ends, saved: Bool[Array, " windows"], ts: Float[Array, " times"]
+) -> Int[Array, " times"]:
+    """How many of the saved ends come before each of `ts`."""
+    last = jax.lax.cummax(jnp.where(ends.kept, ends.last, -jnp.inf))
+    window = jnp.searchsorted(last, ts)
+    before = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(saved)])
+    return before[window]
+
+
+def _saves_end(sub: diffrax.SubSaveAt, final: Final) -> Any:
+    """Whether the final value is to be saved, beside what `steps` saves."""
+    if sub.steps == 0:
+        by_steps = False
+    elif sub.steps == 1:
+        by_steps = True
+    else:
+        by_steps = final.num_accepted % sub.steps == 0
+    if final.cut:
+        # The end of the step beyond the root has not been saved.
+        return sub.t1 | by_steps
+    not_by_steps = not by_steps if isinstance(by_steps, bool) else ~by_steps
+    return sub.t1 & not_by_steps

@@ -1,0 +1,84 @@
+"""The solved steps of a grid, and what they say beside the states."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._custom_types import State, States
+from ._implicit import linearization_points, solve
+from ._linearization import StepMap
+from ._newton import AbstractForward, NewtonIteration, Statistics
+from ._step_map import SolverStep
+
+
+class Trajectory(eqx.Module):
+    """All steps of a diffrax solver on a grid of times.
+
+    - `inner`: the step.
+    - `ts`, `(time + 1,)`: the grid, increasing.
+    - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
+    - `statistics`: of the solve. Steps that it did not solve hold the last good state.
+    """
+
+    inner: SolverStep
+    ts: Float[Array, " time+1"]
+    y0: State
+    ys: States
+    statistics: Statistics
+
+    def points(self) -> tuple[tuple[Array, Array], States]:
+        """The times and the initial state of each step, one of length zero if unsolved.
+
+        Functions of the solution that are evaluated there have finite derivatives.
+        """
+        xs, idle = (self.ts[:-1], self.ts[1:]), (self.ts[0], self.ts[0])
+        return linearization_points(self.y0, xs, self.ys, self.statistics, idle)
+
+    def details(
+        self,
+    ) -> tuple[Float[Array, "time state"] | None, PyTree[Array], Bool[Array, " time"]]:
+        """Error estimate, dense information, and whether the inner solver succeeded."""
+        _, errors, infos, results = jax.vmap(self.inner.full)(*self.points())
+        return errors, infos, results == diffrax.RESULTS.successful
+
+    def result(self, inner_okay: Bool[Array, " time"]) -> diffrax.RESULTS:
+        """Successful if the recurrence and every step of the inner solver are."""
+        result = diffrax.RESULTS.promote(self.statistics.result)
+        return diffrax.RESULTS.where(
+            (result == diffrax.RESULTS.successful) & ~jnp.all(inner_okay),
+            diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
+            result,
+        )
+
+
+def solve_grid(
+    inner: SolverStep,
+    ts: Float[Array, " time+1"],
+    y0: State,
+    guess: States,
+    forward: AbstractForward,
+    iteration: NewtonIteration,
+) -> Trajectory:
+    """Makes all the steps of `inner` from `ts[n]` to `ts[n + 1]`, differentiably.
+
+    The arguments are those of `solve`, whose cost it has.
+    """
+    is_one_field = isinstance(inner.terms, diffrax.AbstractTerm)
+    # A solver of several terms, `SemiImplicitEuler`, has no one vector field.
+    step_map = StepMap(inner.step, inner.increment if is_one_field else None)
+    xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
+    ys, statistics = solve(step_map, y0, xs, guess, forward, iteration, idle)
+    return Trajectory(inner, ts, y0, ys, statistics)
+
+
+def largest_error(
+    errors: Float[Array, "time state"] | None, result: diffrax.RESULTS
+) -> State | None:
+    """The largest error of any step, infinite if there is no solution to speak of."""
+    if errors is None:
+        return None
+    error = jnp.max(jnp.abs(errors), axis=0)
+    failed = (result != diffrax.RESULTS.successful) | jnp.isnan(error)
+    return jnp.where(failed, jnp.inf, error)
