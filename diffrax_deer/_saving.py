@@ -47,12 +47,12 @@ def dense(
 
     `contiguous` if the steps that have been taken come before all others.
     """
-    count = jnp.sum(steps.taken)
+    count = jnp.sum(steps.taken, dtype=jnp.int32)
     if not contiguous:
         steps = steps[jnp.flatnonzero(steps.taken, size=len(steps.taken))]
     times = jnp.stack([steps.t0s, steps.t1s], axis=1)
     infos = jax.vmap(inner.full)((steps.t0s, steps.t1s), steps.y0s)[2]
-    here = jnp.arange(len(steps.ends)) < count
+    here = jnp.arange(len(steps.ends), dtype=count.dtype) < count
     ends = jnp.where(here, steps.ends, jnp.inf)
     ts = jnp.concatenate([jnp.asarray(t0)[None], ends])
     return ts, {"ts": times, "infos": jax.tree.map(lambda x: x[:, None], infos)}, count

@@ -207,9 +207,13 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         guess = self.guess
         if guess is None:
             dtype = widest(ts.dtype, state.ys.dtype)
-            old, new = state.ts.astype(dtype), ts[1:].astype(dtype)
-            interpolate = lambda y: jnp.interp(new, old, y.astype(dtype))
-            return jax.vmap(interpolate, in_axes=1, out_axes=1)(state.ys)
+            old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
+            # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
+            right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
+            length = old[right] - old[right - 1]
+            part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
+            part = jnp.clip(part, 0, 1)[:, None]
+            return ys[right - 1] + part * (ys[right] - ys[right - 1])
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
