@@ -129,7 +129,7 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
 
         result = carry.result
         final = Final(carry.t_prev, carry.y, carry.num_accepted, False)
-        if event is not None and event.root_finder is not None:
+        if search is not None and search.event.root_finder is not None:
             t, y, root = search.locate(
                 carry.event_mask, interpolation(inner, carry.last)
             )
@@ -258,9 +258,9 @@ def _save_all(
 ) -> PyTree[Any]:
     """Diffrax's save states, filled."""
     ts, t0, y0 = windows.save_ts, windows.t0, init_state.y
+    ys, found = None, outcome.found
     if len(ts) > 0:
         # What has not been found is at t0, where everything is finite.
-        found = outcome.found
         ys = interpolate(inner, outcome, jnp.where(found, ts, t0))
         empty = jnp.asarray(t0 == windows.t1)
         spread = lambda y, y0: jnp.where(empty, y0[None], y)
@@ -273,7 +273,7 @@ def _save_all(
     def fill(sub, state):
         nonlocal start
         times = None
-        if sub.ts is not None:
+        if sub.ts is not None and len(sub.ts) > 0:
             part = slice(start, start + len(sub.ts))
             start = part.stop
             pick = lambda x: x[part]

@@ -109,7 +109,7 @@ def save(
         if final.cut:
             found = found & (times.ts <= final.t)
         where = offset + jnp.arange(len(found))
-        if saved_ends is not None:
+        if ends is not None and saved_ends is not None:
             where = where + _count_before(ends[0], saved_ends, times.ts)
         parts.append(
             (

@@ -202,7 +202,8 @@ class Windows(eqx.Module):
         return jax.vmap(lambda t, y: event.values(t, unravel(y)))(ts, ys)
 
     def _running(self, carry: Carry) -> Bool[Array, ""]:
-        return (carry.t_prev < self.t1) & diffrax.is_successful(carry.result)
+        successful = jnp.asarray(diffrax.is_successful(carry.result))
+        return jnp.asarray(carry.t_prev < self.t1) & successful
 
     def advance(self, meter: PyTree[Any], t: RealScalarLike) -> PyTree[Any]:
         """Moves the progress meter; `t` comes from the solution, so it runs behind."""
@@ -294,12 +295,16 @@ class Windows(eqx.Module):
     ) -> tuple[Carry, Record, Steps, Ends]:
         """One window; its decisions are those of `record` if it is `known`."""
 
-        def decide(new, old):
-            if record is None or known is True:
-                return new if record is None else old
-            return _where(known, old, new)
+        def decide(name, new):
+            if record is None:
+                return new
+            old = getattr(record, name)
+            return old if known is True else _where(jnp.asarray(known), old, new)
 
-        recorded: Any = Record(*[None] * 7) if record is None else record
+        def pin(name, t):
+            # The recorded value, with the derivative of the one computed again.
+            return lax.stop_gradient(decide(name, t)) + t - lax.stop_gradient(t)
+
         ts = self.solver.grid(carry.t_prev, carry.t_next)
         trajectory = self.solver.trajectory(
             self.terms, ts, carry.y, self.args, carry.solver_state, forward=forward
@@ -316,17 +321,14 @@ class Windows(eqx.Module):
                 unravel(trajectory.ys[-1]),
                 self.args,
                 None if error is None else unravel(error),
-                self.solver.error_order(self.terms),
+                self.solver.error_order(self.terms),  # pyright: ignore
                 carry.controller_state,
             )
         )
-        keep = decide(jnp.asarray(keep), recorded.keep)
+        keep = decide("keep", jnp.asarray(keep))
         t_prev = jnp.minimum(t_prev, self.t1)
         t_next = _clip_to_end(t_prev, t_next, self.t1, keep)
-        # The recorded value, with the derivative of the one computed again.
-        pin = lambda t, r: lax.stop_gradient(decide(t, r)) + t - lax.stop_gradient(t)
-        t_prev = pin(t_prev, recorded.t_prev)
-        t_next = pin(t_next, recorded.t_next)
+        t_prev, t_next = pin("t_prev", t_prev), pin("t_next", t_next)
 
         result = diffrax.RESULTS.where(keep, result, diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(
@@ -339,7 +341,7 @@ class Windows(eqx.Module):
             valid = keep & (jnp.arange(num_steps) < trajectory.statistics.num_solved)
             values = self._event_values(ts[1:], trajectory.ys, unravel)
             index, mask = self.event.first(event_values, values, valid)
-            index, mask = decide((index, mask), (recorded.event_index, recorded.mask))
+            index, mask = decide("event_index", index), decide("mask", mask)
             happened = index < num_steps
             last = jnp.where(happened, index, last)
             end = jnp.where(happened, ts[last + 1], t_prev)

@@ -29,9 +29,9 @@ _LAYERS = [
     "_checks",
     "_controller",
     "_solver",
+    "_events",
     "_windows",
     "_saving",
-    "_events",
     "_adjoint",
 ]
 

@@ -1,0 +1,155 @@
+"""Value and gradient through many save times: `DEERAdjoint` against diffrax's default.
+
+python -m experiments.deer_adjoint
+
+Both take the same solver, window, save times and batch, so that values and gradients
+are equal; what differs is how they are read out and differentiated.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array
+
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from experiments.common.errors import ExperimentError
+from experiments.common.results import environment, format_table, write_json
+
+_ADJOINTS: dict[str, diffrax.AbstractAdjoint] = {
+    "RecursiveCheckpointAdjoint (default)": diffrax.RecursiveCheckpointAdjoint(),
+    "DEERAdjoint": DEERAdjoint(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings.
+
+    Attributes:
+        num_save_times: Save times, evenly spaced.
+        num_steps: Inner steps (Dopri5) of the one window.
+        batch_size: Initial values, solved under `jax.vmap`.
+        repeats: Timed calls of each adjoint; they take turns.
+        out: Where to write the results.
+        smoke: Only a quick check that everything runs.
+    """
+
+    num_save_times: int = 10_000
+    num_steps: int = 64
+    batch_size: int = 16
+    repeats: int = 15
+    out: Path = Path("runs/deer_adjoint/results.json")
+    smoke: bool = False
+
+
+def _van_der_pol(t: Any, y: Array, mu: Array) -> Array:
+    del t
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def make_value_and_grad(adjoint: diffrax.AbstractAdjoint, config: Config) -> Any:
+    """A mean square over all save times, with its gradient for y0 and mu."""
+    ts = jnp.linspace(0.0, 10.0, config.num_save_times)
+
+    def solve(y0, mu):
+        ys = diffrax.diffeqsolve(
+            diffrax.ODETerm(_van_der_pol),
+            DEERSolver(num_steps=config.num_steps),
+            0.0,
+            10.0,
+            None,
+            y0,
+            mu,
+            saveat=diffrax.SaveAt(ts=ts),
+            stepsize_controller=WholeInterval(),
+            adjoint=adjoint,
+        ).ys
+        assert ys is not None
+        return jnp.asarray(ys)
+
+    def loss(y0, mu):
+        return jnp.mean(jax.vmap(solve, in_axes=(0, None))(y0, mu) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Compiles and times all adjoints, in turns, and compares what they return."""
+    if config.num_save_times < 1 or config.batch_size < 1 or config.repeats < 1:
+        msg = "--num-save-times, --batch-size and --repeats must be at least 1."
+        raise ExperimentError(msg)
+    start = jnp.linspace(0.0, 1.0, config.batch_size)
+    arguments = jnp.stack([1 + start, start], axis=1), jnp.array(1.0)
+    adjoints: dict[str, Any] = {}
+    functions, values = {}, {}
+    for name, adjoint in _ADJOINTS.items():
+        begin = time.perf_counter()
+        lowered = make_value_and_grad(adjoint, config).lower(*arguments)
+        functions[name] = lowered.compile()
+        adjoints[name] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}
+        values[name] = jax.block_until_ready(functions[name](*arguments))
+    for _ in range(config.repeats):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            adjoints[name]["seconds"].append(time.perf_counter() - begin)
+    (_, reference), (_, gradient) = values.values()
+    difference = jax.tree.map(
+        lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), gradient, reference
+    )
+    return {
+        "experiment": "deer_adjoint",
+        "config": dataclasses.asdict(config) | {"out": None},
+        "environment": environment(),
+        "dtype": str(arguments[0].dtype),
+        "gradient_difference": float(max(jax.tree.leaves(difference))),
+        "adjoints": adjoints,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line for each adjoint, in Markdown."""
+    rows, baseline = [], None
+    for name, timing in results["adjoints"].items():
+        quartiles = 1000 * np.percentile(timing["seconds"], (25, 50, 75))
+        first, median, third = quartiles.tolist()
+        baseline = median if baseline is None else baseline
+        rows.append(
+            [
+                name,
+                f"{timing['compile_seconds']:.1f}",
+                f"{median:.1f} [{first:.1f}, {third:.1f}]",
+                f"{baseline / median:.1f}",
+            ]
+        )
+    header = ("adjoint", "compile (s)", "value + gradient (ms) [quartiles]", "speed-up")
+    return format_table(header, rows)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measures, prints and writes the results."""
+    if config.smoke:
+        small = dict(num_save_times=20, num_steps=64, batch_size=2, repeats=2)
+        config = dataclasses.replace(config, **small)
+    results = measure(config)
+    write_json(config.out, results)
+    print(table(results))
+    print(f"Largest difference of gradients: {results['gradient_difference']:.1e}")
+    print(f"Results: {config.out}")
+    return results
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    try:
+        main(tyro.cli(Config))
+    except ExperimentError as error:
+        sys.exit(f"Error: {error}")

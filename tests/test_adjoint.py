@@ -1,0 +1,466 @@
+"""`DEERAdjoint`: values, derivatives and conventions of diffrax's own adjoints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffrax
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+
+from .helpers import problems
+
+_VDP = problems["van_der_pol"]
+_SOLVER = DEERSolver(num_steps=8)
+_FORMS = ("t1", "ts", "mixed", "fn", "steps", "dense")
+
+# What can be differentiated: y0, args, t0, t1, a closed-over weight, save times (as
+# fractions of the interval, so that they stay inside when t0 and t1 move).
+_PARAMETERS = {
+    "y0": jnp.array([2.0, 0.1]),
+    "args": jnp.array(1.3),
+    "t0": jnp.array(0.1),
+    "t1": jnp.array(3.1),
+    "weight": jnp.array(1.1),
+    "fractions": jnp.array([0.04, 0.21, 0.41, 0.63, 0.77, 0.96]),
+}
+
+
+def _saveat(forms: Sequence[str], ts: Any) -> diffrax.SaveAt:
+    sub = diffrax.SubSaveAt
+    subs = {
+        "t1": sub(t1=True),
+        "ts": sub(ts=ts),
+        "mixed": sub(t0=True, ts=ts, steps=2, t1=True),
+        "steps": sub(steps=1),
+        "fn": [sub(t1=True), sub(ts=ts[1:4], fn=lambda t, y, a: (t * y[0], y * a))],
+    }
+    chosen = {form: subs[form] for form in forms if form != "dense"}
+    return diffrax.SaveAt(subs=chosen, dense="dense" in forms)
+
+
+def _solve(parameters, forms, controller, adjoint, **kwargs: Any):
+    p = parameters
+    at = lambda fraction: p["t0"] + (p["t1"] - p["t0"]) * fraction
+    weight, dt0 = p["weight"], 0.7 * p["weight"]
+    knots = jnp.concatenate([p["t0"][None], at(jnp.array([0.2, 0.6])), p["t1"][None]])
+    controllers: dict[str, Any] = {
+        "whole": WholeInterval(),
+        "step_to": diffrax.StepTo(knots),
+        "pid": diffrax.PIDController(rtol=1e-6, atol=1e-6),
+        "constant": diffrax.ConstantStepSize(),
+    }
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: weight * _VDP.field(t, y, args)),
+        kwargs.pop("solver", _SOLVER),
+        p["t0"],
+        p["t1"],
+        dt0 if controller == "constant" else None,
+        p["y0"],
+        p["args"],
+        saveat=_saveat(forms, at(p["fractions"])),
+        stepsize_controller=controllers[controller],
+        adjoint=adjoint,
+        max_steps=kwargs.pop("max_steps", 16),
+        **kwargs,
+    )
+
+
+def _losses(parameters, controller, adjoint, forms=_FORMS):
+    """A number for every form of `SaveAt` that depends on all that it saves."""
+    sol = _solve(parameters, forms, controller, adjoint)
+    outputs = {form: (sol.ts[form], sol.ys[form]) for form in forms if form != "dense"}
+    if "dense" in forms:
+        t0, t1 = parameters["t0"], parameters["t1"]
+        ts = t0 + (t1 - t0) * parameters["fractions"]
+        outputs["dense"] = jax.vmap(sol.evaluate)(ts), jax.vmap(sol.derivative)(ts)
+
+    def loss(output):
+        # What has not been saved is infinite, and counts for nothing.
+        leaves = [jnp.where(jnp.isfinite(x), x, 0) for x in jax.tree.leaves(output)]
+        flat = jnp.concatenate([x.ravel() for x in leaves])
+        return jnp.sum(flat**2 * jnp.linspace(1, 2, flat.size))
+
+    return {form: loss(output) for form, output in outputs.items()}
+
+
+def _assert_close(a, b, rtol=1e-9):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+def _differences(function, parameters):
+    """All derivatives by central finite differences of fourth order."""
+    flat, unravel = jax.flatten_util.ravel_pytree(parameters)
+    h = 3e-4
+    shifts = jnp.concatenate([h * k * jnp.eye(flat.size) for k in (1, -1, 2, -2)])
+    values = jax.lax.map(lambda s: function(unravel(flat + s)), shifts)
+
+    def combine(values):
+        f1, b1, f2, b2 = values.reshape(4, -1)
+        return unravel((8 * (f1 - b1) - (f2 - b2)) / (12 * h))
+
+    return {form: combine(value) for form, value in values.items()}
+
+
+@pytest.mark.parametrize("controller", ["whole", "step_to", "pid", "constant"])
+def test_values_and_gradients_of_every_form_of_saveat(controller):
+    losses = lambda adjoint: lambda p: _losses(p, controller, adjoint)
+
+    @jax.jit
+    def all_of_them(p):
+        ours = losses(DEERAdjoint(max_windows=8))
+        default = losses(diffrax.RecursiveCheckpointAdjoint())
+        found = ours(p), jax.jacrev(ours)(p)
+        expected = default(p), jax.jacrev(default)(p)
+        return found, expected, _differences(ours, p)
+
+    found, expected, differences = all_of_them(_PARAMETERS)
+    _assert_close(found, expected)
+    # Adapted step sizes take no part in diffrax's derivatives, but in differences.
+    if controller != "pid":
+        _assert_close(found[1], differences, rtol=1e-6)
+
+
+@pytest.mark.parametrize("controller", ["whole", "pid"])
+def test_forward_mode_and_second_derivatives_agree(controller):
+    adjoint = DEERAdjoint(max_windows=6)
+    loss = lambda p: _losses(p, controller, adjoint, ["mixed"])["mixed"]
+    direction = jax.tree.map(lambda x: jnp.cos(x + 1), _PARAMETERS)
+
+    def dot(a, b):
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+
+    @jax.jit
+    def derivatives(p):
+        gradient, curved = jax.jvp(jax.grad(loss), (p,), (direction,))
+        _, slope = jax.jvp(loss, (p,), (direction,))
+        reverse = jax.grad(lambda p: dot(jax.grad(loss)(p), direction))(p)
+        return (slope, curved), (dot(gradient, direction), reverse)
+
+    _assert_close(*derivatives(_PARAMETERS), rtol=1e-8)
+
+
+def test_the_hessian_is_that_of_finite_differences():
+    loss = lambda p: _losses(p, "whole", DEERAdjoint(), ["ts"])["ts"]
+    direction = jax.tree.map(lambda x: jnp.cos(x + 1), _PARAMETERS)
+
+    @jax.jit
+    def both(p):
+        gradient, h = jax.grad(loss), 1e-4
+        at = lambda k: gradient(jax.tree.map(lambda x, d: x + k * h * d, p, direction))
+        combine = lambda f1, b1, f2, b2: (8 * (f1 - b1) - (f2 - b2)) / (12 * h)
+        _, curved = jax.jvp(gradient, (p,), (direction,))
+        return curved, jax.tree.map(combine, at(1), at(-1), at(2), at(-2))
+
+    _assert_close(*both(_PARAMETERS), rtol=1e-7)
+
+
+@pytest.mark.parametrize("controller", ["whole", "pid"])
+def test_a_batch_is_its_members_one_by_one(controller):
+    adjoint = DEERAdjoint(max_windows=8)
+    loss = lambda p: _losses(p, controller, adjoint, ["mixed"])["mixed"]
+    gradient = jax.grad(loss)
+    batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.7 * x]), _PARAMETERS)
+    many = jax.jit(jax.vmap(gradient))(batch)
+    one = jax.jit(gradient)
+    for i in range(3):
+        member = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+        # The members' windows may differ by rounding, which tolerances amplify.
+        _assert_close(member(many), one(member(batch)), rtol=1e-8)
+
+
+def test_more_windows_than_are_kept_give_the_same_values_and_gradients():
+    forms = ["mixed", "t1"]
+
+    def both(max_windows):
+        adjoint = DEERAdjoint(max_windows=max_windows)
+        losses = lambda p: _losses(p, "constant", adjoint, forms)
+        return jax.jit(lambda p: (losses(p), jax.jacrev(losses)(p)))(_PARAMETERS)
+
+    _assert_close(both(2), both(16))
+
+
+def test_memory_does_not_depend_on_max_steps():
+    def memory(max_steps):
+        gradient = jax.jit(
+            jax.grad(
+                lambda y0: jnp.sum(
+                    _solve(
+                        {**_PARAMETERS, "y0": y0},
+                        ["ts"],
+                        "pid",
+                        DEERAdjoint(max_windows=32),
+                        max_steps=max_steps,
+                    ).ys["ts"]
+                )
+            )
+        )
+        compiled = gradient.lower(_PARAMETERS["y0"]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(1_000_000) < 3 * memory(33)
+
+
+def test_statistics_count_iterations_windows_and_residual():
+    @jax.jit
+    def run():
+        together = _solve(_PARAMETERS, ["t1"], "whole", DEERAdjoint())
+        windows = _solve(_PARAMETERS, ["t1"], "pid", DEERAdjoint())
+        default = _solve(
+            _PARAMETERS, ["t1"], "pid", diffrax.RecursiveCheckpointAdjoint()
+        )
+        return together.stats, windows.stats, default.stats
+
+    together, windows, default = run()
+    assert int(together["num_newton_iterations"]) > 3
+    assert int(together["num_steps"]) == 1
+    assert together["num_newton_iterations"] == together["max_newton_iterations"]
+    for name, value in default.items():
+        assert windows[name] == value
+    most, total = windows["max_newton_iterations"], windows["num_newton_iterations"]
+    assert 2 < int(most) < int(total) <= int(most) * int(windows["num_steps"])
+    for stats in (together, windows):
+        assert 0 < float(stats["residual"]) < 1e-11
+
+
+def _failing(t, y, args):
+    del t
+    return args * y**2
+
+
+@pytest.mark.parametrize("controller", ["step_to", "constant"])
+def test_a_failed_solve_reports_and_saves_as_the_default_adjoint(controller):
+    # Infinite at t = 1, in the third of four windows.
+    ts = jnp.array([0.0, 0.2, 0.4, 0.8])
+    step_to = diffrax.StepTo(jnp.array([0.0, 0.4, 0.8, 1.2, 1.6]))
+
+    @jax.jit
+    def run():
+        solve = lambda adjoint: diffrax.diffeqsolve(
+            diffrax.ODETerm(_failing),
+            _SOLVER,
+            0.0,
+            1.6,
+            None if controller == "step_to" else 0.4,
+            jnp.array([1.0]),
+            jnp.array(1.0),
+            saveat=diffrax.SaveAt(subs=[diffrax.SubSaveAt(ts=ts, t1=True)]),
+            stepsize_controller=(
+                step_to if controller == "step_to" else diffrax.ConstantStepSize()
+            ),
+            adjoint=adjoint,
+            max_steps=6,
+            throw=False,
+        )
+        return [solve(DEERAdjoint()), solve(diffrax.RecursiveCheckpointAdjoint())]
+
+    ours, default = run()
+    assert ours.result == default.result
+    assert ours.result != diffrax.RESULTS.successful
+    for name in ("num_steps", "num_accepted_steps"):
+        assert ours.stats[name] == default.stats[name] == 3
+    _assert_close((ours.ts, ours.ys), (default.ts, default.ys))
+
+
+def test_a_rejected_window_does_not_poison_value_or_gradient():
+    # The first window is too long: the field is NaN where it leads.
+    field = lambda t, y, args: -args * jnp.sqrt(y) * (1 + 40 * jnp.sin(9 * t) ** 2)
+
+    def run(args, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            DEERSolver(num_steps=4),
+            0.0,
+            1.0,
+            1.0,
+            jnp.array([40.0]),
+            args,
+            stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+            adjoint=adjoint,
+            max_steps=128,
+        )
+        return sol.ys[-1, 0], sol.stats["num_rejected_steps"]
+
+    @jax.jit
+    def both(args):
+        gradient = lambda adjoint: jax.value_and_grad(run, has_aux=True)(args, adjoint)
+        return gradient(DEERAdjoint()), gradient(diffrax.RecursiveCheckpointAdjoint())
+
+    ours, default = both(jnp.array(0.3))
+    assert int(ours[0][1]) > 0
+    assert np.isfinite(ours[1])
+    _assert_close(ours, default)
+
+
+# ---- Events ----
+
+_ROOT = (0.3 + (0.3**2 + 2 * 8.0 * 10.0) ** 0.5) / 8.0
+
+
+def _fall(event, controller, y0=10.0, t1=6.0, saveat=None, adjoint=None):
+    """A ball thrown up from a height of 10: on the ground at `_ROOT`."""
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, g: jnp.stack([y[1], -g])),
+        DEERSolver(num_steps=32),
+        0.0,
+        t1,
+        0.1,
+        jnp.stack([jnp.asarray(y0), jnp.array(0.3)]),
+        jnp.array(8.0),
+        saveat=diffrax.SaveAt(t1=True) if saveat is None else saveat,
+        stepsize_controller=controller,
+        adjoint=DEERAdjoint() if adjoint is None else adjoint,
+        event=event,
+    )
+
+
+_CONTROLLERS_OF_EVENTS = {
+    "whole": WholeInterval(),
+    "pid": diffrax.PIDController(rtol=1e-6, atol=1e-6),
+}
+
+
+@pytest.mark.parametrize("name", _CONTROLLERS_OF_EVENTS)
+def test_the_root_of_an_event_is_found_inside_its_inner_step(name):
+    height = lambda t, y, args, **kwargs: y[0]
+    far = lambda t, y, args, **kwargs: y[0] < -100
+    event = diffrax.Event(
+        {"far": far, "height": height}, optx.Newton(rtol=1e-12, atol=1e-12)
+    )
+    ts = jnp.linspace(0.0, 6.0, 13)
+    saveat = diffrax.SaveAt(ts=ts, t1=True, dense=True)
+
+    @jax.jit
+    def run(y0):
+        sol = _fall(event, _CONTROLLERS_OF_EVENTS[name], y0, saveat=saveat)
+        time = lambda y0: _fall(event, _CONTROLLERS_OF_EVENTS[name], y0).ts[0]
+        return sol, jax.grad(time)(y0)
+
+    sol, gradient = run(10.0)
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert sol.event_mask is not None
+    assert sol.event_mask["height"]
+    assert not sol.event_mask["far"]
+    np.testing.assert_allclose(sol.ts[:5], [0.0, 0.5, 1.0, 1.5, _ROOT], rtol=1e-12)
+    exact = 10 + 0.3 * sol.ts[:5] - 4 * sol.ts[:5] ** 2
+    np.testing.assert_allclose(sol.ys[:5, 0], exact, atol=1e-12)
+    assert jnp.all(jnp.isinf(sol.ts[5:]))
+    # Up to the end of the inner step, not of the window.
+    assert 0 <= float(sol.interpolation.t1) - _ROOT < 6 / 32
+    np.testing.assert_allclose(gradient, 1 / (8 * _ROOT - 0.3), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", _CONTROLLERS_OF_EVENTS)
+def test_without_root_finder_the_solution_ends_with_the_inner_step(name):
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0)
+    saveat = diffrax.SaveAt(t1=True, ts=jnp.array([1.0, 3.0]))
+    sol = jax.jit(lambda: _fall(event, _CONTROLLERS_OF_EVENTS[name], saveat=saveat))()
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert float(sol.ts[0]) == 1
+    assert 0 <= float(sol.ts[1]) - _ROOT < 6 / 32
+    assert float(sol.ys[1, 0]) <= 0
+    assert jnp.isinf(sol.ts[2])
+
+
+def test_an_event_before_the_solution_breaks_down_is_not_a_failure():
+    # y = 1 / (1 - t): the window that contains y = 5 is infinite further on.
+    event = diffrax.Event(
+        lambda t, y, args, **kwargs: y[0] - 5, optx.Newton(rtol=1e-10, atol=1e-10)
+    )
+    sol = jax.jit(
+        lambda: diffrax.diffeqsolve(
+            diffrax.ODETerm(_failing),
+            DEERSolver(num_steps=256),
+            0.0,
+            1.5,
+            None,
+            jnp.array([1.0]),
+            jnp.array(1.0),
+            stepsize_controller=WholeInterval(),
+            adjoint=DEERAdjoint(),
+            event=event,
+        )
+    )()
+    assert sol.result == diffrax.RESULTS.event_occurred
+    np.testing.assert_allclose(sol.ts[0], 0.8, rtol=1e-7)
+
+
+def test_an_event_with_an_infinite_end_and_one_at_the_start():
+    height = diffrax.Event(
+        lambda t, y, args, **kwargs: y[0], optx.Newton(rtol=1e-12, atol=1e-12)
+    )
+    at_once = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 1)
+    pid = _CONTROLLERS_OF_EVENTS["pid"]
+    far, none = jax.jit(
+        lambda: (_fall(height, pid, t1=jnp.inf), _fall(at_once, WholeInterval()))
+    )()
+    np.testing.assert_allclose(far.ts[0], _ROOT, rtol=1e-12)
+    assert none.result == diffrax.RESULTS.event_occurred
+    assert int(none.stats["num_steps"]) == 0
+    assert float(none.ts[0]) == 0
+    assert float(none.ys[0, 0]) == 10
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    ("solver", "match"),
+    [
+        (diffrax.Dopri5(), r"is for `DEERSolver`; got `solver=Dopri5"),
+        (diffrax.HalfSolver(DEERSolver()), "an error estimate of its own"),
+    ],
+)
+def test_other_solvers_are_refused(solver, match):
+    with pytest.raises(ValueError, match=match):
+        _solve(_PARAMETERS, ["t1"], "pid", DEERAdjoint(), solver=solver)
+
+
+def test_wrong_arguments_name_the_remedy():
+    with pytest.raises(TypeError, match="max_windows"):
+        DEERAdjoint(max_windows=2.5)  # pyright: ignore
+    with pytest.raises(ValueError, match="max_windows"):
+        DEERAdjoint(max_windows=0)
+    with pytest.raises(Exception, match="Pass a larger `max_windows`"):
+        _solve(_PARAMETERS, ["dense"], "constant", DEERAdjoint(max_windows=2))
+
+
+def test_too_few_steps_are_reported():
+    sol = _solve(
+        _PARAMETERS, ["t1"], "step_to", DEERAdjoint(), max_steps=2, throw=False
+    )
+    assert sol.result == diffrax.RESULTS.max_steps_reached
+    assert int(sol.stats["num_steps"]) == 2
+    np.testing.assert_allclose(sol.ts["t1"][0], 0.1 + 0.6 * 3.0)
+
+
+def test_a_warm_start_survives_windows_solved_together():
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+
+    def run(solver_state):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(_VDP.field),
+            DEERSolver(num_steps=1),
+            0.0,
+            2.0,
+            None,
+            jnp.asarray(_VDP.y0),
+            jnp.asarray(_VDP.args),
+            saveat=saveat,
+            stepsize_controller=diffrax.StepTo(jnp.linspace(0.0, 2.0, 65)),
+            adjoint=DEERAdjoint(),
+            solver_state=solver_state,
+        )
+
+    cold = jax.jit(run)(None)
+    warm = jax.jit(run)(cold.solver_state)
+    assert int(warm.stats["num_newton_iterations"]) == 1
+    assert int(cold.stats["num_newton_iterations"]) > 3
+    _assert_close(warm.ys, cold.ys)
