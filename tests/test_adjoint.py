@@ -111,21 +111,28 @@ def _differences(function, parameters):
 
 @pytest.mark.parametrize("controller", ["whole", "step_to", "pid", "constant"])
 def test_values_and_gradients_of_every_form_of_saveat(controller):
-    losses = lambda adjoint: lambda p: _losses(p, controller, adjoint)
+    def values_and_gradients(p, adjoint):
+        def losses(p):
+            value = _losses(p, controller, adjoint)
+            return value, value
+
+        gradients, values = jax.jacrev(losses, has_aux=True)(p)
+        return values, gradients
+
+    ours = DEERAdjoint(max_windows=16)
 
     @jax.jit
     def all_of_them(p):
-        ours = losses(DEERAdjoint(max_windows=8))
-        default = losses(diffrax.RecursiveCheckpointAdjoint())
-        found = ours(p), jax.jacrev(ours)(p)
-        expected = default(p), jax.jacrev(default)(p)
-        return found, expected, _differences(ours, p)
+        found = values_and_gradients(p, ours)
+        expected = values_and_gradients(p, diffrax.RecursiveCheckpointAdjoint())
+        # Adapted step sizes take no part in diffrax's derivatives, but in differences.
+        if controller == "pid":
+            return found, expected, found[1]
+        return found, expected, _differences(lambda p: _losses(p, controller, ours), p)
 
     found, expected, differences = all_of_them(_PARAMETERS)
     _assert_close(found, expected)
-    # Adapted step sizes take no part in diffrax's derivatives, but in differences.
-    if controller != "pid":
-        _assert_close(found[1], differences, rtol=1e-6)
+    _assert_close(found[1], differences, rtol=1e-6)
 
 
 @pytest.mark.parametrize("controller", ["whole", "pid"])
@@ -167,7 +174,7 @@ def test_a_batch_is_its_members_one_by_one(controller):
     adjoint = DEERAdjoint(max_windows=8)
     loss = lambda p: _losses(p, controller, adjoint, ["mixed"])["mixed"]
     gradient = jax.grad(loss)
-    batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.7 * x]), _PARAMETERS)
+    batch = jax.tree.map(lambda x: jnp.stack([x, 1.03 * x, 0.7 * x]), _PARAMETERS)
     many = jax.jit(jax.vmap(gradient))(batch)
     one = jax.jit(gradient)
     for i in range(3):
@@ -216,9 +223,17 @@ def test_statistics_count_iterations_windows_and_residual():
         default = _solve(
             _PARAMETERS, ["t1"], "pid", diffrax.RecursiveCheckpointAdjoint()
         )
-        return together.stats, windows.stats, default.stats
+        stopped = _solve(
+            _PARAMETERS,
+            ["t1"],
+            "whole",
+            DEERAdjoint(),
+            solver=DEERSolver(num_steps=8, max_iterations=1),
+            throw=False,
+        )
+        return together.stats, windows.stats, default.stats, stopped.stats
 
-    together, windows, default = run()
+    together, windows, default, stopped = run()
     assert int(together["num_newton_iterations"]) > 3
     assert int(together["num_steps"]) == 1
     assert together["num_newton_iterations"] == together["max_newton_iterations"]
@@ -226,8 +241,10 @@ def test_statistics_count_iterations_windows_and_residual():
         assert windows[name] == value
     most, total = windows["max_newton_iterations"], windows["num_newton_iterations"]
     assert 2 < int(most) < int(total) <= int(most) * int(windows["num_steps"])
-    for stats in (together, windows):
-        assert 0 < float(stats["residual"]) < 1e-11
+    assert max(float(together["residual"]), float(windows["residual"])) < 1e-11
+    # One iteration is too few: the solution has been found at the first steps only.
+    assert int(stopped["num_newton_iterations"]) == 1
+    assert float(stopped["residual"]) > 1e-2
 
 
 def _failing(t, y, args):
