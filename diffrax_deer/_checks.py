@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._custom_types import Y
+from ._linearization import FullJacobian, PiecewiseConstant
+
+# Of all Jacobians together: 4 GiB in single precision, of which several copies are made.
+_MOST_ENTRIES = 2**30
 
 # Their steps carry more than the state from one to the next, or need a noise.
 _NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
@@ -95,6 +99,22 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
             "`diffrax.Heun()` or `diffrax.SPaRK()` for example."
         )
         raise ValueError(msg)
+
+
+def check_size(num_steps: int, size: int, linearization: Any) -> None:
+    """Raises where the Jacobians of all steps are beyond what memory can hold."""
+    dense = isinstance(linearization, (FullJacobian, PiecewiseConstant))
+    if not dense or num_steps * size**2 <= _MOST_ENTRIES:
+        return
+    msg = (
+        f"The Jacobians of {num_steps} steps with a state of {size} components have "
+        f"{num_steps * size**2:.1e} entries, too many to hold. Pass "
+        "`linearization=DiagonalJacobian()` or `linearization=Picard()`, or fewer "
+        "steps to solve together. If this is the backward pass of a `BacksolveAdjoint`, "
+        "whose state contains the gradient, make its steps in sequence, "
+        "`BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` instead."
+    )
+    raise ValueError(msg)
 
 
 def check_window_state(state: Any, num_steps: int) -> None:

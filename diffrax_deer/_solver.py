@@ -15,6 +15,7 @@ from ._checks import (
     check_guess,
     check_instance,
     check_noise,
+    check_size,
     check_step_map,
     check_tolerance,
     check_window_state,
@@ -257,6 +258,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         inner = self.inner_step(terms, y0, args)
         if forward is None:
             forward = ParallelForward() if self.forward is None else self.forward
+        if isinstance(forward, ParallelForward):
+            check_size(len(ts) - 1, flat.size, self.linearization)
         guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
         iteration = self._iteration(y0, num_windows)
         return solve_grid(inner, ts, flat, guess, forward, iteration)

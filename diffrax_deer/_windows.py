@@ -486,7 +486,7 @@ class Windows(eqx.Module):
             return lax.cond(eqxi.unvmap_any(active), attempt, skip, carry)
 
         carry, (steps, ends) = lax.scan(window, carry, records)
-        flatten = lambda x: x.reshape(-1, *x.shape[2:])
+        flatten = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
         return carry, jax.tree.map(flatten, steps), ends
 
 

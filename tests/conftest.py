@@ -20,8 +20,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The library has to work under the strictest settings; experiments run as scripts do.
-_RELAXED = ("test_datasets", "test_experiments")
+# The library has to work under the strictest settings; experiments run as scripts do,
+# and what is ported as its users have it.
+_RELAXED = ("test_datasets", "test_experiments", "test_ported")
 
 
 @pytest.fixture(scope="module", autouse=True)

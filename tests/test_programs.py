@@ -1,0 +1,335 @@
+"""`DEERSolver` inside of programs: transformations, loops, adjoints, meters, settings."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+
+from .helpers import problems
+from .oracle import adjoints, assert_equal, each_adjoint
+
+_N = 8
+_SOLVER = DEERSolver(diffrax.Heun(), num_steps=_N)
+_VDP = problems["van_der_pol"]
+_PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+
+
+def _solve(adjoint, t0, t1, dt0, y0, args, controller, solver=_SOLVER, **kwargs: Any):
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(_VDP.field),
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        args,
+        stepsize_controller=controller,
+        adjoint=adjoints[adjoint] if isinstance(adjoint, str) else adjoint,
+        max_steps=kwargs.pop("max_steps", 16),
+        **kwargs,
+    )
+
+
+def _sequential(t0, t1, y0, args, num_steps=_N):
+    steps = diffrax.StepTo(jnp.linspace(t0, t1, num_steps + 1))
+    adjoint = diffrax.DirectAdjoint()
+    sol = _solve(
+        adjoint, t0, t1, None, y0, args, steps, diffrax.Heun(), max_steps=num_steps
+    )
+    return sol.ys[-1]
+
+
+# ---- vmap ----
+
+
+@each_adjoint
+@pytest.mark.parametrize("controller", ["pid", "constant", "step_to"])
+def test_vmap_over_everything_equals_one_by_one(controller, adjoint):
+    def run(y0, args, t0, t1, ts):
+        dt0 = (t1 - t0) / 2.5 if controller == "constant" else None
+        chosen = {
+            "pid": _PID,
+            "constant": diffrax.ConstantStepSize(),
+            "step_to": diffrax.StepTo(jnp.linspace(t0, t1, 3)),
+        }[controller]
+        saveat = diffrax.SaveAt(t0=True, ts=ts, steps=True, dense=True)
+        sol = _solve(adjoint, t0, t1, dt0, y0, args, chosen, saveat=saveat)
+        return sol.ts, sol.ys, sol.evaluate(ts[1]), sol.stats["num_steps"]
+
+    y0 = jnp.array([[2.0, 0.0], [0.5, 1.0], [-1.0, 0.3]])
+    args = jnp.array([0.5, 1.0, 2.0])
+    t0, t1 = jnp.array([0.0, 1.0, 2.0]), jnp.array([2.0, 1.5, 0.5])
+    ts = jnp.linspace(t0, t1, 4, axis=1)
+    many = jax.jit(jax.vmap(run))(y0, args, t0, t1, ts)
+    one = jax.jit(run)
+    for i in range(3):
+        member = one(y0[i], args[i], t0[i], t1[i], ts[i])
+        assert_equal([x[i] for x in many], list(member), 1e-9)
+
+
+# ---- Loops ----
+
+
+@each_adjoint
+def test_solves_inside_of_loops_and_their_gradients(adjoint):
+    """`fori_loop` and `scan`, as training loops and recurrent models have them."""
+
+    def scanned(y0, args, solve):
+        step = lambda y, t: (solve(t, t + 0.5, y, args), jnp.sum(y))
+        y, sums = jax.lax.scan(step, y0, jnp.array([0.0, 0.5, 1.0]))
+        return jnp.sum(jnp.sin(y)) + jnp.sum(sums**2)
+
+    def looped(y0, args, solve):
+        body = lambda i, y: solve(0.5 * i, 0.5 * (i + 1), y, args)
+        return jax.lax.fori_loop(0, 3, lambda i, y: body(i * 1.0, y), y0)
+
+    def parallel(t0, t1, y0, args):
+        return _solve(adjoint, t0, t1, None, y0, args, WholeInterval()).ys[-1]
+
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+
+    @jax.jit
+    def both(y0, args):
+        return [
+            (
+                jax.value_and_grad(scanned, (0, 1))(y0, args, solve),
+                looped(y0, args, solve),
+            )
+            for solve in (parallel, _sequential)
+        ]
+
+    found, expected = both(y0, args)
+    assert_equal(found, expected, 1e-9)
+
+
+# ---- Other adjoints and solvers ----
+
+
+def test_half_solver_makes_each_half_a_window():
+    half = diffrax.HalfSolver(_SOLVER)
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+    run = lambda controller: _solve(
+        "default", 0.0, 1.0, None, y0, args, controller, half
+    )
+    whole, adaptive = jax.jit(lambda: (run(WholeInterval()), run(_PID)))()
+    assert_equal(whole.ys[-1], _sequential(0.0, 1.0, y0, args, 2 * _N), 1e-10)
+    assert adaptive.result == diffrax.RESULTS.successful
+    fine = _sequential(0.0, 1.0, y0, args, 512)
+    np.testing.assert_allclose(adaptive.ys[-1], fine, rtol=2e-3)
+
+
+def test_backsolve_gives_the_continuous_gradient():
+    ts = jnp.array([0.3, 0.8])
+
+    def loss(parameters, adjoint, controller, solver):
+        y0, args = parameters
+        saveat = diffrax.SaveAt(ts=ts)
+        kwargs = dict(saveat=saveat, max_steps=4096)
+        sol = _solve(adjoint, 0.0, 1.0, None, y0, args, controller, solver, **kwargs)
+        return jnp.sum(sol.ys**2)
+
+    tight = diffrax.PIDController(rtol=1e-10, atol=1e-10)
+    deer = DEERSolver(num_steps=16)
+    cases = {
+        "itself": diffrax.BacksolveAdjoint(),
+        "sequential": diffrax.BacksolveAdjoint(
+            solver=diffrax.Tsit5(), stepsize_controller=tight
+        ),
+    }
+
+    @jax.jit
+    def all_of_them(parameters):
+        gradient = jax.grad(loss)
+        found = {
+            name: gradient(parameters, adjoint, WholeInterval(), deer)
+            for name, adjoint in cases.items()
+        }
+        direct = diffrax.RecursiveCheckpointAdjoint()
+        reference = lambda parameters: loss(parameters, direct, tight, diffrax.Dopri5())
+        return found, jax.grad(reference)(parameters)
+
+    parameters = jnp.array([2.0, 0.1]), jnp.array(0.7)
+    with jax.numpy_dtype_promotion("standard"):  # of diffrax's own
+        found, expected = all_of_them(parameters)
+    for gradient in found.values():
+        assert_equal(gradient, expected, 1e-5)
+
+
+def test_backsolve_of_many_parameters_names_a_sequential_solver():
+    weights = jnp.zeros((200, 200))
+
+    def loss(weights):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
+            DEERSolver(),
+            0.0,
+            1.0,
+            None,
+            jnp.ones(200),
+            weights,
+            stepsize_controller=WholeInterval(),
+            adjoint=diffrax.BacksolveAdjoint(),
+        ).ys.sum()
+
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=r"BacksolveAdjoint\(solver=diffrax.Tsit5\(\)"),
+    ):
+        jax.eval_shape(jax.grad(loss), weights)
+
+
+def test_implicit_adjoint_differentiates_a_steady_state():
+    # Attracted by the square root of the parameter, whatever the solver.
+    def steady(parameter):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: 3 * (p - y**2)),
+            DEERSolver(num_steps=64),
+            0.0,
+            10.0,
+            None,
+            jnp.array(1.0),
+            parameter,
+            stepsize_controller=WholeInterval(),
+            adjoint=diffrax.ImplicitAdjoint(),
+        )
+        return sol.ys[0]
+
+    with jax.numpy_dtype_promotion("standard"):  # of diffrax's own
+        value, slope = jax.jit(jax.value_and_grad(steady))(jnp.array(2.0))
+    np.testing.assert_allclose([value, slope], [2**0.5, 0.5 / 2**0.5], rtol=1e-7)
+
+
+# ---- Progress meters ----
+
+
+@each_adjoint
+@pytest.mark.parametrize("controller", [_PID, WholeInterval()])
+def test_progress_meters_reach_the_end_also_under_differentiation(
+    controller, adjoint, capfd
+):
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+
+    def run(y0, meter):
+        sol = _solve(
+            adjoint, 0.0, 1.0, None, y0, args, controller, progress_meter=meter
+        )
+        return jnp.sum(sol.ys)
+
+    gradients = []
+    for meter in (
+        diffrax.NoProgressMeter(),
+        diffrax.TextProgressMeter(minimum_increase=0.1),
+        diffrax.TqdmProgressMeter(refresh_steps=1),
+    ):
+        gradients.append(jax.jit(jax.grad(run), static_argnums=1)(y0, meter))
+        jax.effects_barrier()
+        shown = "".join(capfd.readouterr())
+        assert ("100" in shown) == (type(meter) is not diffrax.NoProgressMeter)
+        np.testing.assert_array_equal(gradients[-1], gradients[0])
+
+
+# ---- Settings ----
+
+
+@each_adjoint
+@pytest.mark.parametrize("controller", [_PID, WholeInterval()])
+def test_debugging_nans_finds_none(controller, adjoint):
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+
+    def loss(y0):
+        saveat = diffrax.SaveAt(ts=jnp.array([0.2, 0.9]))
+        ys = _solve(adjoint, 0.0, 1.0, None, y0, args, controller, saveat=saveat).ys
+        return jnp.sum(ys**2)
+
+    expected = jax.jit(jax.grad(loss))(y0)
+    with jax.debug_nans(True):
+        assert_equal(jax.jit(jax.grad(loss))(y0 * 1.0), expected)
+        # It does find those that the user makes.
+        with pytest.raises(FloatingPointError):
+            jax.jit(jax.grad(loss))(y0 * jnp.nan)
+
+
+@each_adjoint
+def test_programs_run_without_being_compiled(adjoint):
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+    small = DEERSolver(diffrax.Heun(), num_steps=2)
+    run = lambda: _solve(
+        adjoint, 0.0, 0.1, None, y0, args, _PID, small, max_steps=4
+    ).ys
+    with jax.disable_jit():
+        found = run()
+    assert_equal(found, jax.jit(run)())
+
+
+_NAN_ON_ERROR = """
+import diffrax, jax, jax.numpy as jnp
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+
+def run(adjoint, max_steps, t1=1.0, controller=diffrax.ConstantStepSize()):
+    def solve(rate):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -rate * y),
+            DEERSolver(diffrax.Heun(), num_steps=4), 0.0, t1, 0.25, jnp.array([1.0]),
+            stepsize_controller=controller, adjoint=adjoint, max_steps=max_steps,
+        ).ys[0, 0]
+    return [float(x) for x in jax.value_and_grad(solve)(1.0)]
+
+for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DEERAdjoint()):
+    print(*run(adjoint, 4))
+    print(run(adjoint, 3)[0], run(adjoint, 4, jnp.inf, WholeInterval())[0])
+"""
+
+
+def test_errors_become_nan_where_equinox_is_told_so():
+    # With JAX's default settings, moreover: single precision and relaxed promotion.
+    out = subprocess.run(
+        [sys.executable, "-c", _NAN_ON_ERROR],
+        env={**os.environ, "EQX_ON_ERROR": "nan"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    lines = [[float(x) for x in line.split()] for line in out.stdout.splitlines()]
+    assert len(lines) == 4
+    for good, bad in (lines[:2], lines[2:]):
+        np.testing.assert_allclose(good, [np.exp(-1), -np.exp(-1)], rtol=2e-3)
+        assert np.isnan(bad).all()
+
+
+def test_an_unlimited_number_of_steps_can_be_differentiated_with_our_adjoint():
+    y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
+
+    def final(y0, adjoint, max_steps):
+        sol = _solve(adjoint, 0.0, 1.0, None, y0, args, _PID, max_steps=max_steps)
+        return jnp.sum(sol.ys**2)
+
+    unlimited = jax.jit(jax.value_and_grad(lambda y: final(y, "deer", None)))(y0)
+    limited = jax.jit(jax.value_and_grad(lambda y: final(y, "default", 64)))(y0)
+    assert_equal(unlimited, limited, 1e-9)
+
+
+def test_noise_is_refused_by_our_adjoint_too():
+    noise = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (), jax.random.key(0))
+    diffusion = diffrax.ControlTerm(lambda t, y, args: y, noise)
+    drift = diffrax.ODETerm(lambda t, y, args: -y)
+    with (
+        pytest.warns(UserWarning, match="not marked as converging"),
+        pytest.raises(ValueError, match="found a Brownian motion in `terms`"),
+    ):
+        diffrax.diffeqsolve(
+            diffrax.MultiTerm(drift, diffusion),
+            _SOLVER,
+            0.0,
+            1.0,
+            0.1,
+            jnp.array([1.0]),
+            adjoint=DEERAdjoint(),
+        )
