@@ -13,6 +13,8 @@ from ._events import EventSearch
 from ._saving import Final, SaveTimes, dense, interpolate, interpolation, save
 from ._solver import DEERSolver
 from ._step_map import ravel
+from ._successive import one_after_another
+from ._together import together
 from ._windows import Carry, Outcome, Windows, as_arrays
 
 
@@ -120,9 +122,9 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         meter = init_state.progress_meter_state
         knots = None if passed_controller_state else windows.knots(init_state.tnext)
         if knots is None or len(knots) < 2:
-            outcome, meter = windows.one_after_another(carry, meter)
+            outcome, meter = one_after_another(windows, carry, meter)
         else:
-            outcome = windows.together(carry, knots)
+            outcome = together(windows, carry, knots)
             meter = windows.advance(meter, outcome.carry.t_prev)
         carry = outcome.carry
         inner = windows.inner_step(init_state.y)

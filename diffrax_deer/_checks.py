@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from ._custom_types import Y
 from ._linearization import FullJacobian, PiecewiseConstant
 
-# Of all Jacobians together: 4 GiB in single precision, of which several copies are made.
+# In all Jacobians together: 4 GiB in single precision, and there are several copies.
 _MOST_ENTRIES = 2**30
 
 # Their steps carry more than the state from one to the next, or need a noise.
@@ -110,8 +110,9 @@ def check_size(num_steps: int, size: int, linearization: Any) -> None:
         f"The Jacobians of {num_steps} steps with a state of {size} components have "
         f"{num_steps * size**2:.1e} entries, too many to hold. Pass "
         "`linearization=DiagonalJacobian()` or `linearization=Picard()`, or fewer "
-        "steps to solve together. If this is the backward pass of a `BacksolveAdjoint`, "
-        "whose state contains the gradient, make its steps in sequence, "
+        "steps to solve together. If this is the backward pass of a "
+        "`BacksolveAdjoint`, whose state contains the gradient, make its steps in "
+        "sequence, "
         "`BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` instead."
     )
     raise ValueError(msg)

@@ -137,11 +137,13 @@ class SolverStep(eqx.Module):
             (float(w) * k for w, k in zip(weights, ks, strict=True) if w != 0),
             start=jnp.zeros_like(y),
         )
-        stage, ks = y, [self._product(t0, y, control)]
+        # Traced once, and differentiated once, for all stages; XLA inlines it.
+        product = jax.jit(lambda t, y: self._product(t, y, control))
+        stage, ks = y, [product(t0, y)]
         for a, c in zip(tableau.a_lower, tableau.c, strict=True):
             t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
             stage = y + weighted(a, ks)
-            ks.append(self._product(t, stage, control))
+            ks.append(product(t, stage))
         y1 = stage if tableau.ssal else y + weighted(tableau.b_sol, ks)
         stacked = jax.vmap(self.unravel)(jnp.stack(ks))
         dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1), "k": stacked}

@@ -70,8 +70,9 @@ def one_by_one(
     starts, ends = grid[:, :-1].reshape(-1), grid[:, 1:].reshape(-1)
 
     def step(y, x):
-        state = solver.init(term, *x, y, args)
-        y, _, info, _, _ = solver.step(term, *x, y, args, state, made_jump=False)
+        t0, t1 = x
+        state = solver.init(term, t0, t1, y, args)
+        y, _, info, _, _ = solver.step(term, t0, t1, y, args, state, made_jump=False)
         return y, (y, info)
 
     y0 = jax.tree.map(jnp.asarray, y0)

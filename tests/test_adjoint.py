@@ -16,7 +16,7 @@ from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 from .helpers import problems
 
 _VDP = problems["van_der_pol"]
-_SOLVER = DEERSolver(num_steps=8)
+_SOLVER = DEERSolver(diffrax.Bosh3(), num_steps=8)
 _FORMS = ("t1", "ts", "mixed", "fn", "steps", "dense")
 
 # What can be differentiated: y0, args, t0, t1, a closed-over weight, save times (as
@@ -52,7 +52,7 @@ def _solve(parameters, forms, controller, adjoint, **kwargs: Any):
     controllers: dict[str, Any] = {
         "whole": WholeInterval(),
         "step_to": diffrax.StepTo(knots),
-        "pid": diffrax.PIDController(rtol=1e-6, atol=1e-6),
+        "pid": diffrax.PIDController(rtol=1e-3, atol=1e-3),
         "constant": diffrax.ConstantStepSize(),
     }
     return diffrax.diffeqsolve(
@@ -162,9 +162,10 @@ def test_the_hessian_is_that_of_finite_differences():
     def both(p):
         gradient, h = jax.grad(loss), 1e-4
         at = lambda k: gradient(jax.tree.map(lambda x, d: x + k * h * d, p, direction))
-        combine = lambda f1, b1, f2, b2: (8 * (f1 - b1) - (f2 - b2)) / (12 * h)
+        shifted = jax.lax.map(at, jnp.array([1.0, -1.0, 2.0, -2.0]))
+        combine = lambda f: (8 * (f[0] - f[1]) - (f[2] - f[3])) / (12 * h)
         _, curved = jax.jvp(gradient, (p,), (direction,))
-        return curved, jax.tree.map(combine, at(1), at(-1), at(2), at(-2))
+        return curved, jax.tree.map(combine, shifted)
 
     _assert_close(*both(_PARAMETERS), rtol=1e-7)
 
@@ -187,9 +188,11 @@ def test_more_windows_than_are_kept_give_the_same_values_and_gradients():
     forms = ["mixed", "t1"]
 
     def both(max_windows):
-        adjoint = DEERAdjoint(max_windows=max_windows)
-        losses = lambda p: _losses(p, "constant", adjoint, forms)
-        return jax.jit(lambda p: (losses(p), jax.jacrev(losses)(p)))(_PARAMETERS)
+        def losses(p):
+            value = _losses(p, "constant", DEERAdjoint(max_windows=max_windows), forms)
+            return value, value
+
+        return jax.jit(jax.jacrev(losses, has_aux=True))(_PARAMETERS)
 
     _assert_close(both(2), both(16))
 

@@ -35,7 +35,10 @@ def _field(t, y, args):
     x, v = y["pair"]
     force = jnp.cos(3 * t) + jnp.where(t < _JUMP, 0.0, args["jump"])
     return {
-        "pair": (v[0, 0] - x * y["number"], jnp.stack([force - x, v[0, 0] * x])[:, None]),
+        "pair": (
+            v[0, 0] - x * y["number"],
+            jnp.stack([force - x, v[0, 0] * x])[:, None],
+        ),
         "number": -args["rate"] * y["number"] + jnp.sin(x),
         "nothing": None,
         "empty": y["empty"],
@@ -231,7 +234,9 @@ def test_an_empty_interval_saves_the_initial_value_everywhere(adjoint):
 
 @each_adjoint
 def test_a_solve_in_two_parts_is_the_solve_in_one(adjoint):
-    save = dict(solver_state=True, controller_state=True, made_jump=True)
+    save: dict[str, Any] = dict(
+        solver_state=True, controller_state=True, made_jump=True
+    )
     saveat = diffrax.SaveAt(steps=True, **save)
 
     def solve(t0, t1, dt0, y0, **states):
@@ -269,7 +274,7 @@ def test_too_few_steps_are_reported_and_what_was_solved_is_saved(name, adjoint):
         saveat=diffrax.SaveAt(ts=jnp.array([0.4, 1.4, 1.6]), t1=True),
         max_steps=3,
     )
-    sol = _solve(adjoint, 0.0, _T1, dt0, throw=False, **kwargs)
+    sol: Any = _solve(adjoint, 0.0, _T1, dt0, throw=False, **kwargs)
     assert sol.result == diffrax.RESULTS.max_steps_reached
     assert sol.stats["num_steps"] == 3
     np.testing.assert_allclose(sol.ts, [0.4, 1.4, 1.5, np.inf])
@@ -364,7 +369,7 @@ def test_types_are_those_that_dopri5_would_give(kind, adjoint):
 def test_integers_and_single_precision_give_the_values_of_doubles(adjoint):
     term = diffrax.ODETerm(lambda t, y, args: jax.tree.map(lambda x: -args * x, y))
 
-    def solve(t0, t1, dt0, y0, rate):
+    def solve(t0, t1, dt0, y0, rate) -> Any:
         return diffrax.diffeqsolve(
             term, _SOLVER, t0, t1, dt0, y0, rate, adjoint=adjoints[adjoint], max_steps=4
         ).ys

@@ -217,7 +217,9 @@ def test_an_adaptive_solve_meets_the_tolerance(name, adjoint):
     def both():
         arguments = 0.0, 2.0, _y0(), jnp.array(0.4), saveat
         kwargs = dict(adjoint=adjoints[adjoint], max_steps=64)
-        found = _solve(DEERSolver(solver, num_steps=16), controller, *arguments, **kwargs)
+        found = _solve(
+            DEERSolver(solver, num_steps=16), controller, *arguments, **kwargs
+        )
         tight = diffrax.PIDController(rtol=1e-11, atol=1e-11)
         exact = _solve(diffrax.Dopri8(), tight, *arguments, max_steps=4096)
         return found, exact.ys

@@ -154,18 +154,25 @@ def test_second_derivatives_are_exact_in_every_order_of_modes():
     def restricted(loss):
         return lambda parameters: loss({**rest, **parameters})
 
-    expected = jax.jit(
-        jax.hessian(restricted(_sequential(diffrax.Heun(), between=False)))
-    )(select(rest))
+    direction = jax.tree.map(lambda x: jnp.cos(x + 1), select(rest))
+
+    def forward_over_reverse(loss):
+        return lambda p: jax.jvp(jax.grad(loss), (p,), (direction,))[1]
+
+    def reverse_over_reverse(loss):
+        dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+        return jax.grad(lambda p: dot(jax.grad(loss)(p), direction))
+
+    sequential = restricted(_sequential(diffrax.Heun(), between=False))
+    expected = jax.jit(forward_over_reverse(sequential))(select(rest))
     loss = restricted(_parallel(diffrax.Heun(), between=False))
-    forward_over_reverse = jax.jit(jax.jacfwd(jax.jacrev(loss)))(select(rest))
-    reverse_over_reverse = jax.jit(jax.jacrev(jax.jacrev(loss)))(select(rest))
-    _assert_close(forward_over_reverse, expected, 1e-8)
-    _assert_close(reverse_over_reverse, expected, 1e-8)
+    for curvature in (forward_over_reverse(loss), reverse_over_reverse(loss)):
+        _assert_close(jax.jit(curvature)(select(rest)), expected, 1e-8)
     # The default adjoint of diffrax admits forward over reverse only, and no `ts`.
     default = diffrax.RecursiveCheckpointAdjoint()
     loss = restricted(_parallel(diffrax.Heun(), default, between=False))
-    _assert_close(jax.jit(jax.hessian(loss))(select(rest)), expected, 1e-8)
+    curvature = jax.jit(forward_over_reverse(loss))
+    _assert_close(curvature(select(rest)), expected, 1e-8)
 
 
 def test_gradients_of_a_batch_are_the_gradients_one_by_one():

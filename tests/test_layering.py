@@ -31,6 +31,8 @@ _LAYERS = [
     "_solver",
     "_events",
     "_windows",
+    "_together",
+    "_successive",
     "_saving",
     "_adjoint",
 ]

@@ -77,29 +77,29 @@ def _spirals(ts, number: int, key):
 def _fit(solver, adjoint) -> np.ndarray:
     """The losses of all training steps."""
     # In full, two stages: first a part of each trajectory, then all of it.
-    stages = ((3e-3, 500, 0.1), (3e-3, 500, 1.0)) if _FULL else ((3e-3, 30, 1.0),)
+    stages = ((500, 0.1), (500, 1.0)) if _FULL else ((30, 1.0),)
     size, width, batch = (100, 64, 32) if _FULL else (50, 32, 8)
     data_key, model_key, batch_key = jax.random.split(jax.random.key(0), 3)
     ts = jnp.linspace(0.0, 10.0 if _FULL else 3.0, size)
     data = jax.jit(_spirals, static_argnums=1)(ts, 256, data_key)
     model = NeuralODE(2, width, model_key)
     losses = []
-    for rate, steps, part in stages:
+    optimizer = optax.adabelief(3e-3)
+
+    @eqx.filter_value_and_grad
+    def loss(model, ts, ys):
+        predict = lambda y0: model(ts, y0, solver, adjoint)
+        return jnp.mean((ys - jax.vmap(predict)(ys[:, 0])) ** 2)
+
+    @eqx.filter_jit
+    def step(model, state, ts, ys):
+        value, gradient = loss(model, ts, ys)
+        updates, state = optimizer.update(gradient, state)
+        return value, eqx.apply_updates(model, updates), state
+
+    for steps, part in stages:
         length = int(size * part)
-        optimizer = optax.adabelief(rate)
         state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-
-        @eqx.filter_value_and_grad
-        def loss(model, ts, ys):
-            predict = lambda y0: model(ts, y0, solver, adjoint)
-            return jnp.mean((ys - jax.vmap(predict)(ys[:, 0])) ** 2)
-
-        @eqx.filter_jit
-        def step(model, state, ts, ys):
-            value, gradient = loss(model, ts, ys)
-            updates, state = optimizer.update(gradient, state)
-            return value, eqx.apply_updates(model, updates), state
-
         for i in range(steps):
             chosen = jax.random.choice(jax.random.fold_in(batch_key, i), 256, (batch,))
             ys = data[chosen, :length]
@@ -257,7 +257,7 @@ def test_a_flow_has_the_same_likelihood_gradient_and_samples(exact):
         return values, gradient, samples
 
     expected = run(flow, _solves["tsit5"])
-    for name in list(_solves)[1:]:
+    for name in ("solver_changed", "adjoint"):
         found = run(flow, _solves[name])
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=name)
@@ -287,6 +287,7 @@ def test_a_flow_learns_alike():
             updates, state = optimizer.update(gradient, state)
             return value, eqx.apply_updates(flow, updates), state
 
+        value = jnp.inf
         for i in range(steps):
             key = jax.random.fold_in(jax.random.key(4), i)
             value, flow, state = step(flow, state, key)
@@ -294,5 +295,5 @@ def test_a_flow_learns_alike():
 
     expected = train(_solves["tsit5"])
     bound = 1e-2 if _FULL else 1e-5
-    for name in ("solver_changed", "adjoint"):
+    for name in ("whole_interval", *(["solver_changed", "adjoint"] if _FULL else [])):
         np.testing.assert_allclose(train(_solves[name]), expected, atol=bound)

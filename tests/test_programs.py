@@ -1,4 +1,4 @@
-"""`DEERSolver` inside of programs: transformations, loops, adjoints, meters, settings."""
+"""`DEERSolver` inside of programs: loops, other adjoints, progress meters, settings."""
 
 import os
 import subprocess
@@ -22,7 +22,9 @@ _VDP = problems["van_der_pol"]
 _PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 
 
-def _solve(adjoint, t0, t1, dt0, y0, args, controller, solver=_SOLVER, **kwargs: Any):
+def _solve(
+    adjoint, t0, t1, dt0, y0, args, controller, solver: Any = _SOLVER, **kwargs: Any
+):
     return diffrax.diffeqsolve(
         diffrax.ODETerm(_VDP.field),
         solver,
@@ -44,7 +46,7 @@ def _sequential(t0, t1, y0, args, num_steps=_N):
     sol = _solve(
         adjoint, t0, t1, None, y0, args, steps, diffrax.Heun(), max_steps=num_steps
     )
-    return sol.ys[-1]
+    return sol.ys[-1]  # pyright: ignore
 
 
 # ---- vmap ----
@@ -218,22 +220,20 @@ def test_progress_meters_reach_the_end_also_under_differentiation(
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
 
     def run(y0, meter):
-        sol = _solve(
+        sol: Any = _solve(
             adjoint, 0.0, 1.0, None, y0, args, controller, progress_meter=meter
         )
         return jnp.sum(sol.ys)
 
     gradients = []
     for meter in (
-        diffrax.NoProgressMeter(),
         diffrax.TextProgressMeter(minimum_increase=0.1),
         diffrax.TqdmProgressMeter(refresh_steps=1),
     ):
         gradients.append(jax.jit(jax.grad(run), static_argnums=1)(y0, meter))
         jax.effects_barrier()
-        shown = "".join(capfd.readouterr())
-        assert ("100" in shown) == (type(meter) is not diffrax.NoProgressMeter)
-        np.testing.assert_array_equal(gradients[-1], gradients[0])
+        assert "100" in "".join(capfd.readouterr())
+    np.testing.assert_array_equal(*gradients)
 
 
 # ---- Settings ----
@@ -246,8 +246,8 @@ def test_debugging_nans_finds_none(controller, adjoint):
 
     def loss(y0):
         saveat = diffrax.SaveAt(ts=jnp.array([0.2, 0.9]))
-        ys = _solve(adjoint, 0.0, 1.0, None, y0, args, controller, saveat=saveat).ys
-        return jnp.sum(ys**2)
+        sol: Any = _solve(adjoint, 0.0, 1.0, None, y0, args, controller, saveat=saveat)
+        return jnp.sum(sol.ys**2)
 
     expected = jax.jit(jax.grad(loss))(y0)
     with jax.debug_nans(True):
@@ -261,9 +261,7 @@ def test_debugging_nans_finds_none(controller, adjoint):
 def test_programs_run_without_being_compiled(adjoint):
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
     small = DEERSolver(diffrax.Heun(), num_steps=2)
-    run = lambda: _solve(
-        adjoint, 0.0, 0.1, None, y0, args, _PID, small, max_steps=4
-    ).ys
+    run = lambda: _solve(adjoint, 0.0, 0.1, None, y0, args, _PID, small, max_steps=4).ys
     with jax.disable_jit():
         found = run()
     assert_equal(found, jax.jit(run)())
