@@ -2,8 +2,8 @@
 
 python -m experiments.deer_adjoint
 
-Both take the same solver, window, save times and batch, so that values and gradients
-are equal; what differs is how they are read out and differentiated.
+All make the same steps of Dopri5 and save at the same times, so that values and
+gradients are equal; what differs is how they are made, read out and differentiated.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 from experiments.common.errors import ExperimentError
 from experiments.common.results import environment, format_table, write_json
 
-_ADJOINTS: dict[str, diffrax.AbstractAdjoint] = {
-    "RecursiveCheckpointAdjoint (default)": diffrax.RecursiveCheckpointAdjoint(),
-    "DEERAdjoint": DEERAdjoint(),
+# Solver and adjoint. The first is what the others are compared with.
+_METHODS = {
+    "deer, default adjoint": (DEERSolver, diffrax.RecursiveCheckpointAdjoint),
+    "deer, DEERAdjoint": (DEERSolver, DEERAdjoint),
+    "dopri5, default adjoint": (diffrax.Dopri5, diffrax.RecursiveCheckpointAdjoint),
 }
 
 
@@ -37,7 +39,7 @@ class Config:
         num_save_times: Save times, evenly spaced.
         num_steps: Inner steps (Dopri5) of the one window.
         batch_size: Initial values, solved under `jax.vmap`.
-        repeats: Timed calls of each adjoint; they take turns.
+        repeats: Timed calls of each method; they take turns.
         out: Where to write the results.
         smoke: Only a quick check that everything runs.
     """
@@ -55,22 +57,26 @@ def _van_der_pol(t: Any, y: Array, mu: Array) -> Array:
     return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
 
 
-def make_value_and_grad(adjoint: diffrax.AbstractAdjoint, config: Config) -> Any:
+def make_value_and_grad(method: str, config: Config) -> Any:
     """A mean square over all save times, with its gradient for y0 and mu."""
     ts = jnp.linspace(0.0, 10.0, config.num_save_times)
+    solver, adjoint = _METHODS[method]
+    parallel = solver is DEERSolver
+    grid = jnp.linspace(0.0, 10.0, config.num_steps + 1)
 
     def solve(y0, mu):
         ys = diffrax.diffeqsolve(
             diffrax.ODETerm(_van_der_pol),
-            DEERSolver(num_steps=config.num_steps),
+            DEERSolver(num_steps=config.num_steps) if parallel else solver(),
             0.0,
             10.0,
             None,
             y0,
             mu,
             saveat=diffrax.SaveAt(ts=ts),
-            stepsize_controller=WholeInterval(),
-            adjoint=adjoint,
+            stepsize_controller=WholeInterval() if parallel else diffrax.StepTo(grid),
+            adjoint=adjoint(),
+            max_steps=config.num_steps,
         ).ys
         assert ys is not None
         return jnp.asarray(ys)
@@ -82,43 +88,42 @@ def make_value_and_grad(adjoint: diffrax.AbstractAdjoint, config: Config) -> Any
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Compiles and times all adjoints, in turns, and compares what they return."""
+    """Compiles and times all methods, in turns, and compares what they return."""
     if config.num_save_times < 1 or config.batch_size < 1 or config.repeats < 1:
         msg = "--num-save-times, --batch-size and --repeats must be at least 1."
         raise ExperimentError(msg)
     start = jnp.linspace(0.0, 1.0, config.batch_size)
     arguments = jnp.stack([1 + start, start], axis=1), jnp.array(1.0)
-    adjoints: dict[str, Any] = {}
+    methods: dict[str, Any] = {}
     functions, values = {}, {}
-    for name, adjoint in _ADJOINTS.items():
+    for name in _METHODS:
         begin = time.perf_counter()
-        lowered = make_value_and_grad(adjoint, config).lower(*arguments)
+        lowered = make_value_and_grad(name, config).lower(*arguments)
         functions[name] = lowered.compile()
-        adjoints[name] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}
+        methods[name] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}
         values[name] = jax.block_until_ready(functions[name](*arguments))
     for _ in range(config.repeats):
         for name, function in functions.items():
             begin = time.perf_counter()
             jax.block_until_ready(function(*arguments))
-            adjoints[name]["seconds"].append(time.perf_counter() - begin)
-    (_, reference), (_, gradient) = values.values()
-    difference = jax.tree.map(
-        lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), gradient, reference
-    )
+            methods[name]["seconds"].append(time.perf_counter() - begin)
+    (_, reference), *others = values.values()
+    relative = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+    differences = [jax.tree.map(relative, other[1], reference) for other in others]
     return {
         "experiment": "deer_adjoint",
         "config": dataclasses.asdict(config) | {"out": None},
         "environment": environment(),
         "dtype": str(arguments[0].dtype),
-        "gradient_difference": float(max(jax.tree.leaves(difference))),
-        "adjoints": adjoints,
+        "gradient_difference": max(jax.tree.leaves(differences)),
+        "methods": methods,
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """One line for each adjoint, in Markdown."""
     rows, baseline = [], None
-    for name, timing in results["adjoints"].items():
+    for name, timing in results["methods"].items():
         quartiles = 1000 * np.percentile(timing["seconds"], (25, 50, 75))
         first, median, third = quartiles.tolist()
         baseline = median if baseline is None else baseline
@@ -130,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{baseline / median:.1f}",
             ]
         )
-    header = ("adjoint", "compile (s)", "value + gradient (ms) [quartiles]", "speed-up")
+    header = ("method", "compile (s)", "value + gradient (ms) [quartiles]", "speed-up")
     return format_table(header, rows)
 
 

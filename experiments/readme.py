@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from experiments import deer_adjoint
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
 
@@ -16,19 +17,38 @@ README = _ROOT / "README.md"
 
 
 def _neural_ode_classifier(results: dict[str, Any]) -> str:
-    environment, config = results["environment"], results["config"]
+    config = results["config"]
     table = comparison_table(results, "accuracy", "test accuracy", ".1%")
-    versions = environment["versions"]
-    where = (
-        f"{environment['num_cpus']} cores ({environment['platform']}), "
-        f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
-        f"seed {config['seed']}, {config['steps']} steps, "
-        f"batch {config['batch_size']}"
+    what = (
+        f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
     )
-    return f"{table}\n\nMeasured on {where}, commit `{environment['commit'][:10]}`."
+    return f"{table}\n\n{_measured(results, what)}"
 
 
-_TABLES = {"neural_ode_classifier": _neural_ode_classifier}
+def _deer_adjoint(results: dict[str, Any]) -> str:
+    config = results["config"]
+    what = (
+        f"{config['num_steps']} steps, {config['num_save_times']} save times, "
+        f"batch {config['batch_size']}, gradients equal to "
+        f"{results['gradient_difference']:.0e}"
+    )
+    return f"{deer_adjoint.table(results)}\n\n{_measured(results, what)}"
+
+
+def _measured(results: dict[str, Any], what: str) -> str:
+    environment = results["environment"]
+    versions = environment["versions"]
+    return (
+        f"Measured on {environment['num_cpus']} cores ({environment['platform']}), "
+        f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
+        f"{what}, commit `{environment['commit'][:10]}`."
+    )
+
+
+_TABLES = {
+    "neural_ode_classifier": _neural_ode_classifier,
+    "deer_adjoint": _deer_adjoint,
+}
 
 
 def filled_in(text: str) -> str:

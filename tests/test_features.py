@@ -21,6 +21,7 @@ from diffrax_deer import (
 )
 
 from .helpers import problems
+from .oracle import adjoints, each_adjoint
 
 _VDP = problems["van_der_pol"]
 
@@ -146,7 +147,8 @@ def test_an_empty_interval_returns_the_initial_value():
     _assert_equal(sol.ys[-1], jnp.asarray(_VDP.y0))
 
 
-def test_the_state_may_be_any_pytree():
+@each_adjoint
+def test_the_state_may_be_any_pytree(adjoint):
     y0 = {
         "complex": jnp.array([1.0 + 0.5j, -0.2j]),
         "matrix": jnp.array([[0.3], [0.1]]),
@@ -174,7 +176,7 @@ def test_the_state_may_be_any_pytree():
         z = out["complex"]
         return z.real, z.imag, out["matrix"], out["scalar"], None, out["empty"]
 
-    def run(field, y0, solver, controller) -> Any:
+    def run(field, y0, solver, controller, adjoint="default") -> Any:
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             solver,
@@ -184,12 +186,14 @@ def test_the_state_may_be_any_pytree():
             y0,
             stepsize_controller=controller,
             saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, 3)),
+            adjoint=adjoints[adjoint],
         ).ys
 
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         # diffrax calls its own support of complex numbers a work in progress.
         warnings.simplefilter("ignore", UserWarning)
-        ys = run(field, y0, DEERSolver(diffrax.Heun(), num_steps=16), WholeInterval())
+        deer = DEERSolver(diffrax.Heun(), num_steps=16)
+        ys = run(field, y0, deer, WholeInterval(), adjoint)
     z = y0["complex"]
     real_y0 = z.real, z.imag, y0["matrix"], y0["scalar"], None, y0["empty"]
     grid = jnp.linspace(0.0, 1.0, 17)
@@ -230,7 +234,8 @@ def test_half_precision_keeps_its_type():
     np.testing.assert_allclose(np.asarray(sol.ys[-1], float), exact, rtol=0.03)
 
 
-def test_sums_of_terms_and_controls_work_as_one_field():
+@each_adjoint
+def test_sums_of_terms_and_controls_work_as_one_field(adjoint):
     control = diffrax.LinearInterpolation(
         jnp.linspace(0.0, 1.0, 5), jnp.array([0.0, 0.5, 0.2, 0.9, 1.0])
     )
@@ -240,13 +245,22 @@ def test_sums_of_terms_and_controls_work_as_one_field():
     driven = diffrax.ControlTerm(lambda t, y, args: jnp.sin(y), control)
     grid = jnp.linspace(0.0, 1.0, 13)
     for term in (diffrax.MultiTerm(damping, rotation), driven, driven.to_ode()):
-        run = lambda solver, controller, term=term: (
+        run = lambda solver, controller, adjoint, term=term: (
             diffrax.diffeqsolve(
-                term, solver, 0.0, 1.0, None, y0, stepsize_controller=controller
+                term,
+                solver,
+                0.0,
+                1.0,
+                None,
+                y0,
+                stepsize_controller=controller,
+                adjoint=adjoints[adjoint],
             ).ys
         )
-        parallel = run(DEERSolver(diffrax.Heun(), num_steps=12), WholeInterval())
-        _assert_equal(parallel, run(diffrax.Heun(), diffrax.StepTo(grid)))
+        deer = DEERSolver(diffrax.Heun(), num_steps=12)
+        parallel = run(deer, WholeInterval(), adjoint)
+        sequential = run(diffrax.Heun(), diffrax.StepTo(grid), "default")
+        _assert_equal(parallel, sequential)
 
 
 def test_a_solver_of_split_terms_needs_the_full_jacobian():
