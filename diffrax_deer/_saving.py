@@ -30,14 +30,11 @@ def interpolate(
     steps, index = outcome.steps, outcome.index
     if len(ts) < len(steps.ends):
         steps, index = steps[index], jnp.arange(len(ts))
-    t0s, t1s = steps.t0s, steps.t1s
-    infos = jax.vmap(inner.full)((t0s, t1s), steps.y0s)[2]
-    chosen = jax.tree.map(lambda x: x[index], (t0s, t1s, infos))
-
-    def evaluate(t, t0, t1, info):
-        return inner.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
-
-    return jax.vmap(evaluate)(ts, *chosen)
+    # The interpolation itself is looked up, with what it has prepared: fewer numbers
+    # than the stages that it is made from.
+    paths = jax.vmap(lambda step: interpolation(inner, step))(steps[:, None])
+    paths = jax.tree.map(lambda x: x[index], paths)
+    return jax.vmap(lambda t, path: path.evaluate(t))(ts, paths)
 
 
 def dense(

@@ -110,7 +110,7 @@ _controllers: dict[str, tuple[Callable, float | None, list[float] | None]] = {
 
 
 _cases = [("deer", name) for name in _controllers]
-_cases += [("default", name) for name in ("pid_with_dt0", "clip", "whole")]
+_cases += [("default", name) for name in ("pid_with_dt0", "clip")]
 
 
 @pytest.mark.parametrize(("adjoint", "name"), _cases)

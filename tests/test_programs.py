@@ -21,6 +21,12 @@ _SOLVER = DEERSolver(diffrax.Heun(), num_steps=_N)
 _VDP = problems["van_der_pol"]
 _PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 
+# With the default adjoint both are the same loop, with our own they are not.
+each_case = pytest.mark.parametrize(
+    ("controller", "adjoint"),
+    [(_PID, "default"), (_PID, "deer"), (WholeInterval(), "deer")],
+)
+
 
 def _solve(
     adjoint, t0, t1, dt0, y0, args, controller, solver: Any = _SOLVER, **kwargs: Any
@@ -52,8 +58,10 @@ def _sequential(t0, t1, y0, args, num_steps=_N):
 # ---- vmap ----
 
 
-@each_adjoint
-@pytest.mark.parametrize("controller", ["pid", "constant", "step_to"])
+@pytest.mark.parametrize(
+    ("controller", "adjoint"),
+    [("pid", "default"), ("pid", "deer"), ("constant", "deer"), ("step_to", "deer")],
+)
 def test_vmap_over_everything_equals_one_by_one(controller, adjoint):
     def run(y0, args, t0, t1, ts):
         dt0 = (t1 - t0) / 2.5 if controller == "constant" else None
@@ -212,8 +220,7 @@ def test_implicit_adjoint_differentiates_a_steady_state():
 # ---- Progress meters ----
 
 
-@each_adjoint
-@pytest.mark.parametrize("controller", [_PID, WholeInterval()])
+@each_case
 def test_progress_meters_reach_the_end_also_under_differentiation(
     controller, adjoint, capfd
 ):
@@ -239,8 +246,7 @@ def test_progress_meters_reach_the_end_also_under_differentiation(
 # ---- Settings ----
 
 
-@each_adjoint
-@pytest.mark.parametrize("controller", [_PID, WholeInterval()])
+@each_case
 def test_debugging_nans_finds_none(controller, adjoint):
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
 
@@ -269,20 +275,20 @@ def test_programs_run_without_being_compiled(adjoint):
 
 _NAN_ON_ERROR = """
 import diffrax, jax, jax.numpy as jnp
-from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, DEERSolver
 
-def run(adjoint, max_steps, t1=1.0, controller=diffrax.ConstantStepSize()):
+def run(adjoint, max_steps):
     def solve(rate):
         return diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -rate * y),
-            DEERSolver(diffrax.Heun(), num_steps=4), 0.0, t1, 0.25, jnp.array([1.0]),
-            stepsize_controller=controller, adjoint=adjoint, max_steps=max_steps,
+            DEERSolver(diffrax.Heun(), num_steps=4), 0.0, 1.0, 0.25, jnp.array([1.0]),
+            adjoint=adjoint, max_steps=max_steps,
         ).ys[0, 0]
     return [float(x) for x in jax.value_and_grad(solve)(1.0)]
 
 for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DEERAdjoint()):
     print(*run(adjoint, 4))
-    print(run(adjoint, 3)[0], run(adjoint, 4, jnp.inf, WholeInterval())[0])
+    print(run(adjoint, 3)[0])
 """
 
 

@@ -1,7 +1,5 @@
 """`DEERSolver` against the sequential solver that it wraps, on the same grid."""
 
-import functools as ft
-
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -21,22 +19,20 @@ from .helpers import forwards, linearizations, problems, scans
 
 _TIGHT = optx.Newton(rtol=1e-12, atol=1e-12)
 
-# A step map added here is held to every contract; the order is that of the method.
+# A step map added here is held to every contract.
 step_maps = {
-    "euler": (diffrax.Euler(), 1),
-    "heun": (diffrax.Heun(), 2),
-    "midpoint": (diffrax.Midpoint(), 2),
-    "ralston": (diffrax.Ralston(), 2),
-    "bosh3": (diffrax.Bosh3(), 3),
-    "tsit5": (diffrax.Tsit5(), 5),
-    "dopri5": (diffrax.Dopri5(), 5),
-    "dopri8": (diffrax.Dopri8(), 8),
-    "half_heun": (diffrax.HalfSolver(diffrax.Heun()), 2),
-    "implicit_euler": (diffrax.ImplicitEuler(root_finder=_TIGHT), 1),
-    "kvaerno3": (diffrax.Kvaerno3(root_finder=_TIGHT), 3),
-    "kvaerno4": (diffrax.Kvaerno4(root_finder=_TIGHT), 4),
-    "kvaerno5": (diffrax.Kvaerno5(root_finder=_TIGHT), 5),
-    "exponential": (ExponentialRosenbrockEuler(), 2),
+    "euler": diffrax.Euler(),
+    "heun": diffrax.Heun(),
+    "bosh3": diffrax.Bosh3(),
+    "tsit5": diffrax.Tsit5(),
+    "dopri5": diffrax.Dopri5(),
+    "dopri8": diffrax.Dopri8(),
+    "half_heun": diffrax.HalfSolver(diffrax.Heun()),
+    "implicit_euler": diffrax.ImplicitEuler(root_finder=_TIGHT),
+    "kvaerno3": diffrax.Kvaerno3(root_finder=_TIGHT),
+    "kvaerno4": diffrax.Kvaerno4(root_finder=_TIGHT),
+    "kvaerno5": diffrax.Kvaerno5(root_finder=_TIGHT),
+    "exponential": ExponentialRosenbrockEuler(),
 }
 
 
@@ -72,9 +68,14 @@ def _max_error(a, b):
     return max(float(x) for x in jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("name", step_maps)
+_in_test_generic = ("dopri5", "tsit5", "kvaerno5", "exponential")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in step_maps if name not in _in_test_generic]
+)
 def test_equals_the_sequential_solver_both_ways_dense_output_included(name):
-    solver, _ = step_maps[name]
+    solver = step_maps[name]
 
     @jax.jit
     def run(t0, t1):
@@ -103,6 +104,8 @@ def test_equals_the_sequential_solver_both_ways_dense_output_included(name):
 def test_no_strategy_changes_the_answer(linearization, scan, forward, dtype, bound):
     if forward == "sequential" and (linearization, scan) != ("full_jacobian", None):
         pytest.skip("nothing of the iteration is used")
+    if scan == "associative" and dtype == jnp.float32:
+        pytest.skip("the scans are compared in both types in `test_affine_scan`")
     solver = DEERSolver(
         diffrax.Tsit5(),
         num_steps=37,
@@ -130,27 +133,6 @@ def test_no_strategy_changes_the_answer(linearization, scan, forward, dtype, bou
     assert int(state.num_iterations) < 37
 
 
-@pytest.mark.parametrize("name", ["dopri5", "exponential", "kvaerno3", "bosh3"])
-def test_observed_order_is_that_of_the_inner_solver(name):
-    solver, order = step_maps[name]
-
-    @ft.partial(jax.jit, static_argnums=0)
-    def error(num_steps):
-        sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: -2 * t * y**2),
-            DEERSolver(solver, num_steps=num_steps),
-            0.0,
-            2.0,
-            None,
-            jnp.array([1.0]),
-            stepsize_controller=WholeInterval(),
-        )
-        return jnp.abs(sol.ys[-1, 0] - 1 / 5)
-
-    coarse, fine = error(20), error(40)
-    assert order - 0.4 < jnp.log2(coarse / fine) < order + 0.8
-
-
 @pytest.mark.parametrize("stretch", [1.0, 100.0])
 def test_the_scheme_of_the_paper_is_exact_on_linear_equations_in_one_iteration(stretch):
     matrix = jnp.array([[-0.5, 2.0], [-2.0, -0.1]]) * stretch
@@ -175,9 +157,15 @@ def test_the_scheme_of_the_paper_is_exact_on_linear_equations_in_one_iteration(s
     assert int(sol.solver_state.num_iterations) == 1
 
 
-@pytest.mark.parametrize("linearization", ["piecewise_constant", "full_jacobian"])
-@pytest.mark.parametrize("num_steps", [64, 1024])
-@pytest.mark.parametrize("t1", [1.0, 10.0])
+@pytest.mark.parametrize(
+    ("linearization", "num_steps", "t1"),
+    [
+        ("piecewise_constant", 64, 10.0),
+        ("piecewise_constant", 1024, 1.0),
+        ("full_jacobian", 64, 1.0),
+        ("full_jacobian", 1024, 10.0),
+    ],
+)
 def test_an_mlp_field_of_width_64_needs_at_most_seven_iterations(
     linearization, num_steps, t1
 ):
@@ -214,39 +202,6 @@ def test_an_mlp_field_of_width_64_needs_at_most_seven_iterations(
         )
     )()
     assert _max_error(sol.ys, sequential.ys) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["dopri5", "exponential", "kvaerno5"])
-def test_a_pid_controller_drives_the_window_to_the_tolerance(name):
-    solver, _ = step_maps[name]
-    problem = problems["van_der_pol"]
-
-    @jax.jit
-    def run(tolerance):
-        def solve(solver, tolerance):
-            return diffrax.diffeqsolve(
-                diffrax.ODETerm(problem.field),
-                solver,
-                0.0,
-                4.0,
-                None,
-                jnp.asarray(problem.y0),
-                jnp.asarray(problem.args),
-                stepsize_controller=diffrax.PIDController(tolerance, tolerance),
-            )
-
-        exact = solve(diffrax.Dopri8(), 1e-12).ys[-1]
-        parallel, sequential = (
-            solve(DEERSolver(solver, num_steps=16), tolerance),
-            solve(solver, tolerance),
-        )
-        error = lambda sol: jnp.max(jnp.abs(sol.ys[-1] - exact))
-        return error(parallel), error(sequential), parallel.stats, sequential.stats
-
-    for tolerance in (1e-3, 1e-6):
-        parallel, sequential, stats, sequential_stats = run(tolerance)
-        assert parallel < 10 * sequential + 1e-10
-        assert stats["num_steps"] * 3 < sequential_stats["num_steps"] + 20
 
 
 def test_a_window_that_cannot_be_solved_is_rejected_or_reported():
@@ -305,7 +260,7 @@ def test_default_tolerances_of_an_implicit_solver_reach_rounding():
         ).ys
     )
     parallel = solve(DEERSolver(diffrax.Kvaerno5(), num_steps=100), WholeInterval())
-    tight, _ = step_maps["kvaerno5"]
+    tight = step_maps["kvaerno5"]
     sequential = solve(tight, diffrax.StepTo(jnp.linspace(0.0, 3.0, 101)))
     assert _max_error(parallel, sequential) < 1e-10
 
