@@ -149,6 +149,7 @@ def test_a_batch_is_its_members(name, adjoint):
         assert_equal(member(found), one(*member(batch)), 1e-9)
 
 
+@pytest.mark.slow
 @each_solver
 def test_derivatives_are_those_of_the_sequential_solver_for_every_adjoint(name):
     ts = jnp.array([0.4, 1.1, 1.7])
@@ -170,8 +171,12 @@ def test_derivatives_are_those_of_the_sequential_solver_for_every_adjoint(name):
         forward = lambda adjoint: jax.jvp(
             lambda push: loss(adjoint, y0, push), (push,), (jnp.ones(()),)
         )[1]
-        found = {adjoint: reverse(adjoint) for adjoint in (*adjoints, "direct")}
-        pushed = {adjoint: forward(adjoint) for adjoint in ("deer", "forward")}
+        # One solver suffices to show that the other adjoints of diffrax work.
+        others = name == "dopri5"
+        reversed_by = (*adjoints, "direct") if others else adjoints
+        pushed_by = ("deer", "forward") if others else ("deer",)
+        found = {adjoint: reverse(adjoint) for adjoint in reversed_by}
+        pushed = {adjoint: forward(adjoint) for adjoint in pushed_by}
         return found, pushed, reverse(None)
 
     found, pushed, expected = all_of_them(_y0(), jnp.array(0.4))

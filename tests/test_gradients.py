@@ -131,6 +131,7 @@ def test_gradients_are_exact_when_the_steps_are_made_in_sequence(
     _assert_close(jax.jit(jax.grad(loss))(_parameters()), reference, 1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_exact_in_every_order_of_modes():
     select = lambda parameters: {
         "weights": parameters["weights"],

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 
 _FULL = os.environ.get("DIFFRAX_DEER_FULL", "") not in ("", "0")
-pytestmark = [pytest.mark.timeout(3600)] if _FULL else []
+pytestmark = [pytest.mark.slow, *([pytest.mark.timeout(3600)] if _FULL else [])]
 
 
 # ---- A neural ODE, fitted to spirals ----
@@ -113,7 +113,7 @@ def test_a_neural_ode_reaches_the_loss_of_tsit5_with_only_the_solver_changed():
     expected = _fit(diffrax.Tsit5(), default)
     assert expected[-1] < expected[len(expected) // 2]
     deer = DEERSolver(diffrax.Tsit5())
-    for adjoint in (default, DEERAdjoint(max_windows=16)):
+    for adjoint in (default, *([DEERAdjoint(max_windows=16)] if _FULL else [])):
         found = _fit(deer, adjoint)
         # The loss is as smooth as the tolerance of 1e-3 lets it be; training over
         # hundreds of steps takes differences of rounding further apart.
