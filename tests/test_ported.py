@@ -112,13 +112,11 @@ def test_a_neural_ode_reaches_the_loss_of_tsit5_with_only_the_solver_changed():
     default = diffrax.RecursiveCheckpointAdjoint()
     expected = _fit(diffrax.Tsit5(), default)
     assert expected[-1] < expected[len(expected) // 2]
-    deer = DEERSolver(diffrax.Tsit5())
-    for adjoint in (default, *([DEERAdjoint(max_windows=16)] if _FULL else [])):
+    # At a tolerance of 1e-3 the whole interval is about ten steps.
+    deer = DEERSolver(diffrax.Tsit5(), num_steps=8)
+    for adjoint in [DEERAdjoint(max_windows=16)] if _FULL else [default]:
         found = _fit(deer, adjoint)
-        # The loss is as smooth as the tolerance of 1e-3 lets it be; training over
-        # hundreds of steps takes differences of rounding further apart.
-        bound = 0.1 if _FULL else 5e-3
-        np.testing.assert_allclose(found[-1], expected[-1], rtol=bound)
+        np.testing.assert_allclose(found[-1], expected[-1], rtol=5e-3)
 
 
 # ---- A continuous normalizing flow ----
@@ -265,7 +263,7 @@ def test_a_flow_has_the_same_likelihood_gradient_and_samples(exact):
 
 def test_a_flow_learns_alike():
     """A few steps of maximum likelihood, batched and optimized."""
-    steps, number = (200, 500) if _FULL else (5, 8)
+    steps, number = (100, 100) if _FULL else (5, 8)
     angles = np.linspace(0, 2 * np.pi, 512, endpoint=False)
     data = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], 1))
 
