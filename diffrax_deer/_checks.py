@@ -102,17 +102,20 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
 
 
 def check_size(num_steps: int, size: int, linearization: Any) -> None:
-    """Raises where the Jacobians of all steps are beyond what memory can hold."""
+    """Raises where a dense linearization would hold more than `_MOST_ENTRIES` numbers.
+
+    That is N D², for `num_steps` N and `size` D.
+    """
     dense = isinstance(linearization, (FullJacobian, PiecewiseConstant))
     if not dense or num_steps * size**2 <= _MOST_ENTRIES:
         return
     msg = (
         f"The Jacobians of {num_steps} steps with a state of {size} components have "
-        f"{num_steps * size**2:.1e} entries, too many to hold. Pass "
-        "`linearization=DiagonalJacobian()` or `linearization=Picard()`, or fewer "
-        "steps to solve together. If this is the backward pass of a "
-        "`BacksolveAdjoint`, whose state contains the gradient, make its steps in "
-        "sequence, "
+        f"{num_steps * size**2:.1e} entries, too many to hold. Solve fewer steps "
+        "together, or pass `linearization=DiagonalJacobian()` or "
+        "`linearization=Picard()`, of which the solve holds no such array (its "
+        "derivative does). If this is the backward pass of a `BacksolveAdjoint`, "
+        "whose state contains the gradient, make its steps in sequence, "
         "`BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` instead."
     )
     raise ValueError(msg)

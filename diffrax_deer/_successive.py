@@ -33,7 +33,6 @@ from ._windows import (
     as_arrays,
     event_result,
     select,
-    step_at,
     steps_of,
 )
 
@@ -143,7 +142,7 @@ def _attempt(
         result=result,
         num_steps=carry.num_steps + 1,
         num_accepted=num_accepted,
-        last=select(keep, step_at(steps, last), carry.last),
+        last=select(keep, steps[last][None], carry.last),
         event_values=event_values,
         event_mask=mask,
         num_iterations=carry.num_iterations + statistics.num_iterations,

@@ -18,7 +18,6 @@ from ._windows import (
     Windows,
     event_result,
     select,
-    step_at,
     steps_of,
 )
 
@@ -71,7 +70,7 @@ def together(
         result=diffrax.RESULTS.where(started, result, carry.result),
         num_steps=num_done,
         num_accepted=num_done,
-        last=step_at(steps, last),
+        last=steps[last][None],
         event_values=event_values,
         event_mask=select(started, mask, carry.event_mask),
         num_iterations=statistics.num_iterations,

@@ -110,6 +110,7 @@ def as_arrays(tree: PyTree[Any]) -> PyTree[Array]:
 
 
 def select(pred: Bool[Array, ""], a: PyTree[Any], b: PyTree[Any]) -> PyTree[Any]:
+    """All leaves of `a` if `pred`, else those of `b`."""
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), a, b)
 
 
@@ -156,11 +157,13 @@ class Windows(eqx.Module):
         return knots if self.max_steps is None else knots[: self.max_steps + 1]
 
     def event_values(self, ts: Float[Array, " time"], ys: States, unravel) -> Any:
+        """The values of all event functions at `ts`, leaves of shape `(time,)`."""
         event = self.event
         assert event is not None
         return jax.vmap(lambda t, y: event.values(t, unravel(y)))(ts, ys)
 
     def running(self, carry: Carry) -> Bool[Array, ""]:
+        """Whether there is another window to solve."""
         successful = jnp.asarray(diffrax.is_successful(carry.result))
         return jnp.asarray(carry.t_prev < self.t1) & successful
 
@@ -177,15 +180,13 @@ class Windows(eqx.Module):
 
 
 def steps_of(trajectory: Trajectory, taken: Bool[Array, " time"]) -> Steps:
+    """The steps of a trajectory; `taken`, `(time,)`, if they belong to the solution."""
     (t0s, t1s), y0s = trajectory.points()
     return Steps(t0s, t1s, y0s, trajectory.ts[1:], trajectory.ys, taken)
 
 
-def step_at(steps: Steps, index: Int[Array, ""]) -> Steps:
-    return jax.tree.map(lambda x: x[index][None], steps)
-
-
 def event_result(happened: Bool[Array, ""], result: diffrax.RESULTS) -> diffrax.RESULTS:
+    """`result`, unless an event ended the solve before that."""
     return diffrax.RESULTS.where(
         happened,
         diffrax.RESULTS.event_occurred,  # pyright: ignore

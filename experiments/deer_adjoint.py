@@ -121,7 +121,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line for each adjoint, in Markdown."""
+    """One line for each method, in Markdown."""
     rows, baseline = [], None
     for name, timing in results["methods"].items():
         quartiles = 1000 * np.percentile(timing["seconds"], (25, 50, 75))
@@ -142,7 +142,7 @@ def table(results: dict[str, Any]) -> str:
 def main(config: Config) -> dict[str, Any]:
     """Measures, prints and writes the results."""
     if config.smoke:
-        small = dict(num_save_times=20, num_steps=64, batch_size=2, repeats=2)
+        small = dict(num_save_times=20, batch_size=2, repeats=2)
         config = dataclasses.replace(config, **small)
     results = measure(config)
     write_json(config.out, results)
