@@ -26,6 +26,11 @@ from ._newton import (
     ParallelForward as ParallelForward,
     SequentialForward as SequentialForward,
 )
+from ._predictor import (
+    AbstractPredictor as AbstractPredictor,
+    CoarsePredictor as CoarsePredictor,
+    ConstantPredictor as ConstantPredictor,
+)
 from ._solver import (
     DEERSolver as DEERSolver,
     WindowState as WindowState,

@@ -15,6 +15,7 @@ any order of modes, follow. (Differentiating one more Newton step with a stopped
 Jacobian would give the same gradient and wrong Hessians.)
 """
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -26,7 +27,7 @@ from jaxtyping import PyTree
 
 from ._affine_scan import affine_recurrence, shift
 from ._custom_types import State, States
-from ._linearization import StepMap, value_and_jacobian
+from ._linearization import StepMap, step_jacobian
 from ._newton import AbstractForward, NewtonIteration, Statistics
 
 
@@ -63,10 +64,8 @@ def _(primals, tangents, **kwargs):
         # `ys` is held fixed here; its own tangent is what the recurrence solves for.
         return jax.vmap(step_map.step)(*points(y0, xs))
 
-    def jacobian(x, y):
-        return value_and_jacobian(lambda y: step_map.step(x, y), y)[1]
-
     _, inhomogeneity = eqx.filter_jvp(images, primals, tangents)
+    jacobian = functools.partial(step_jacobian, step_map)
     jacobians = jax.vmap(jacobian)(*points(y0, xs))
     scan = kwargs["iteration"].scan
     ys_dot = affine_recurrence(jacobians, inhomogeneity, scan=scan)
@@ -108,10 +107,13 @@ def solve(
         count = jnp.array(0, int), jnp.array(len(guess), int)
         return guess, Statistics(count[0], zero, count[1], optx.RESULTS.successful)
     x = jax.tree.map(lambda x: x[0], xs)
-    convert = lambda f: eqx.filter_closure_convert(f, x, y0)
-    increment = step_map.increment
+    # So that all it closes over is an argument, which is differentiated.
+    convert = lambda f, *args: f and eqx.filter_closure_convert(f, *args)
     step_map = StepMap(
-        convert(step_map.step), None if increment is None else convert(increment)
+        convert(step_map.step, x, y0),
+        convert(step_map.increment, x, y0),
+        convert(step_map.jacobian, x, y0),
+        convert(step_map.leap, x, x, x, y0),
     )
     return _solve(
         step_map,

@@ -37,12 +37,19 @@ class StepMap(eqx.Module):
     - `step(x, y)`: the step map $\Phi$.
     - `increment(x, y)`: where the step belongs to a differential equation, the product
         $h f(t, y)$ at the middle of the step; otherwise `None`.
+    - `jacobian(x, y)`: the matrix of derivatives of `step` for y, `(state, state)`,
+        where there is a better way to it than differentiating `step`, or `None`.
+    - `leap(first, last, x, y)`: where there are longer steps, one from the beginning of
+        the step `first` to the end of `last`, and what it predicts for the state after
+        the step `x` between them; otherwise `None`.
 
     `x` is what drives the step: its two times, or the input of a recurrent network.
     """
 
     step: Callable[[PyTree[Any], State], State]
     increment: Callable[[PyTree[Any], State], State] | None = None
+    jacobian: Callable[[PyTree[Any], State], Matrix] | None = None
+    leap: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = None
 
 
 def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
@@ -52,13 +59,20 @@ def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
     return values[0], jacobian
 
 
+def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix:
+    """The matrix of shape `(D, D)` of the derivatives of a step, D ≥ 1."""
+    if step_map.jacobian is not None:
+        return step_map.jacobian(x, y)
+    return value_and_jacobian(lambda y: step_map.step(x, y), y)[1]
+
+
 class AbstractLinearization(eqx.Module):
     """The choice of the transition. The answer and its gradient do not depend on it."""
 
     @abc.abstractmethod
     def __call__(
         self, step_map: StepMap, x: PyTree[Any], y_prev: State, y_next: State
-    ) -> tuple[Transition, State]:
+    ) -> Transition:
         """Linearizes one step along the current guess.
 
         **Arguments:**
@@ -69,8 +83,7 @@ class AbstractLinearization(eqx.Module):
 
         **Returns:**
 
-        The transition, `(state, state)` if dense or `(state,)` if diagonal, and the
-        value of the step at `y_prev`, `(state,)`.
+        The transition, `(state, state)` if dense or `(state,)` if diagonal.
         """
 
 
@@ -82,8 +95,7 @@ class FullJacobian(AbstractLinearization):
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
-        value, jacobian = value_and_jacobian(lambda y: step_map.step(x, y), y_prev)
-        return jacobian, value
+        return step_jacobian(step_map, x, y_prev)
 
 
 class PiecewiseConstant(AbstractLinearization):
@@ -107,7 +119,7 @@ class PiecewiseConstant(AbstractLinearization):
             raise TypeError(msg)
         middle = (y_prev + y_next) / 2
         _, jacobian = value_and_jacobian(lambda y: increment(x, y), middle)
-        return expm(jacobian), step_map.step(x, y_prev)
+        return expm(jacobian)
 
 
 class DiagonalJacobian(AbstractLinearization):
@@ -119,8 +131,7 @@ class DiagonalJacobian(AbstractLinearization):
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
-        value, jacobian = value_and_jacobian(lambda y: step_map.step(x, y), y_prev)
-        return jnp.diagonal(jacobian), value
+        return jnp.diagonal(step_jacobian(step_map, x, y_prev))
 
 
 class Picard(AbstractLinearization):
@@ -131,5 +142,5 @@ class Picard(AbstractLinearization):
     """
 
     def __call__(self, step_map, x, y_prev, y_next):
-        del y_next
-        return jnp.ones_like(y_prev), step_map.step(x, y_prev)
+        del step_map, x, y_next
+        return jnp.ones_like(y_prev)

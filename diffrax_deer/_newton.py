@@ -6,15 +6,16 @@ $$\delta_n = A_n \delta_{n-1} + r_n, \quad \delta_0 = 0, \ Y \leftarrow Y + \del
 
 The system is causal, so that every iteration can be checked from the front:
 
-1. a step whose update and residual, and those of all steps before it, are below
-   tolerance is final, and not touched again once it has been updated;
-2. the first step that is not yet final starts from a final state, so its new value is
-   $\Phi(y)$ itself, exact, and it is final too: N iterations end an attempt;
-3. from the first value that is not finite on, the guess is reset to the last good one.
+1. a step is final if it was updated, the estimate of its error and its *measured*
+   residual are below tolerance, and so are those of all steps before it; it is not
+   touched again;
+2. the first step that is not final starts from a final state, so its new value is
+   $\Phi(y)$ itself, exact, and final: N iterations suffice, from any guess;
+3. from the first value on that is not finite, or whose residual has grown instead of
+   shrinking, the guess is not trusted: a predictor makes a new one.
 
-A solve can therefore be slow but not wrong. What it reports is measured: where the last
-update has moved a residual above the tolerance, the iteration goes on from there, and
-now leaves final steps as they were measured: at most 2 N iterations in all.
+A solve can therefore be slow but not wrong. The iteration looks at a window of steps
+that slides along with the first one that is not final.
 """
 
 import abc
@@ -22,6 +23,7 @@ import functools as ft
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import optimistix as optx
@@ -31,16 +33,21 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._affine_scan import AbstractScan, shift
 from ._custom_types import State, States
 from ._linearization import AbstractLinearization, StepMap
+from ._predictor import AbstractPredictor, hold
+
+# How much a residual may grow in one iteration before the guess is given up.
+_MAX_GROWTH = 10
 
 
 class Statistics(eqx.Module):
     r"""What a solve has to say about itself.
 
-    - `num_iterations`: how many times the trajectory was updated; 0 if the steps were
-        made in sequence.
-    - `residual`: the largest component of $|\Phi_n(y_{n-1}) - y_n|$ over all steps, in
-        the units of y, measured on the result.
-    - `num_solved`: the leading steps whose residual is below tolerance, N on success.
+    - `num_iterations`: how many times the trajectory, or a window of it, was updated; 0
+        if the steps were made in sequence.
+    - `residual`: the largest component of $|\Phi_n(y_{n-1}) - y_n|$, in the units of y,
+        measured on the result: over all steps, or over those up to the end of the
+        window where the solve has stopped.
+    - `num_solved`: the leading steps that are solved, N on success.
     - `result`: an `optimistix.RESULTS`.
     """
 
@@ -48,6 +55,34 @@ class Statistics(eqx.Module):
     residual: Float[Array, ""]
     num_solved: Int[Array, ""]
     result: optx.RESULTS
+
+
+class _Window(eqx.Module):
+    """Consecutive steps and where the iteration over them stands.
+
+    - `ys`, `(time, state)`: the current guess.
+    - `residuals`, `changes`, `errors`, `(time,)`: the residual of each step before its
+        last update, that update, and the error it is estimated to leave; the last two
+        in units of the tolerance. Infinite if there was no update.
+    - `num_final`, `num_trusted`: leading steps that are, and all before them.
+    """
+
+    ys: States
+    residuals: Float[Array, " time"]
+    changes: Float[Array, " time"]
+    errors: Float[Array, " time"]
+    num_final: Int[Array, ""]
+    num_trusted: Int[Array, ""]
+
+
+class _Progress(eqx.Module):
+    """All steps, with the initial state apart, and what is known about the solve."""
+
+    steps: _Window
+    num_iterations: Int[Array, ""]
+    residual: Float[Array, ""]
+    lost: Bool[Array, ""]
+    done: Bool[Array, ""]
 
 
 def _norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
@@ -60,93 +95,214 @@ def _prefix(good: Bool[Array, " time"]) -> Int[Array, ""]:
     return jnp.where(jnp.all(good), good.size, jnp.argmin(good))
 
 
+def _select(pred: Bool[Array, ""], a: PyTree[Any], b: PyTree[Any]) -> PyTree[Any]:
+    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), a, b)
+
+
 class NewtonIteration(eqx.Module):
     """The iteration and its tolerances.
 
-    `rtol` and `atol` bound update and residual of each step, relative to the norm of
-    the state. The update is an estimate of the error *before* it is applied; with
-    quadratic convergence the error after it is of the order of the tolerance squared.
+    `rtol` and `atol` bound the residual of each step and the estimate of its error,
+    relative to the norm of the state. The estimate is the last update, or less if the
+    updates have been shrinking: by the rate at which they did, as is usual for
+    simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section IV.8).
+
+    `window` is the number of steps that are looked at at once, all of them if `None`.
     """
 
     linearization: AbstractLinearization
     scan: AbstractScan
+    predictor: AbstractPredictor
     rtol: float
     atol: float
     max_iterations: int | None
+    window: int | None
 
-    def _tolerance(self, y0: State, ys: States) -> Float[Array, " time"]:
-        scale = jnp.maximum(_norm(ys), _norm(shift(y0, ys)))
-        return self.atol + self.rtol * scale
+    def _tolerance(self, before: States, after: States) -> Float[Array, " time"]:
+        return self.atol + self.rtol * jnp.maximum(_norm(before), _norm(after))
 
-    def _update(self, step_map: StepMap, y0: State, xs: PyTree[Any], strict, carry):
-        """One iteration; if `strict`, steps become final as they are, not updated."""
-        ys, num_final, num_iterations, _ = carry
-        index = jnp.arange(len(ys))[:, None]
-        linearize = jax.vmap(ft.partial(self.linearization, step_map))
-        transitions, images = linearize(xs, shift(y0, ys), ys)
-
-        residuals = jnp.where(index < num_final, 0.0, images - ys)
+    def _updates(
+        self,
+        step_map: StepMap,
+        xs: PyTree[Any],
+        before: States,
+        window: _Window,
+        residuals: States,
+    ) -> States:
+        """Solves the linearized equations for the updates."""
+        # Steps without a value have no derivative, and some solvers raise an error when
+        # they are asked for one. Nothing is updated from there on.
+        first, exists = window.num_final, jnp.all(jnp.isfinite(residuals), axis=-1)
+        select = jax.vmap(_select, in_axes=(0, 0, None))
+        points = xs, before, window.ys
+        points = select(exists, points, jax.tree.map(lambda x: x[first], points))
+        transitions = jax.vmap(ft.partial(self.linearization, step_map))(*points)
         axes = tuple(range(1, transitions.ndim))
-        usable = jnp.all(jnp.isfinite(transitions), axis=axes, keepdims=True)
+        usable = jnp.all(jnp.isfinite(transitions), axis=axes)
         # Up to the first open step there is no update to carry on: with transitions of
         # zero the overflow of long products stays away from final steps.
-        open_step = (jnp.arange(len(ys)) > num_final).reshape(usable.shape)
-        updates = self.scan(jnp.where(usable & open_step, transitions, 0.0), residuals)
-        # Not `ys + updates` on the first open step: next to a huge guess the small true
-        # value would be lost to rounding.
-        new = jnp.where(index == num_final, images, ys + updates)
+        usable &= jnp.arange(len(before)) > window.num_final
+        usable = jnp.expand_dims(usable, axes)
+        return self.scan(jnp.where(usable, transitions, 0.0), residuals)
 
-        finite = jnp.all(jnp.isfinite(new), axis=-1)
-        change = jnp.maximum(_norm(updates), _norm(residuals))
-        small = finite & (change <= self._tolerance(y0, new))
-        num_finite = _prefix(finite)
+    def _update(
+        self,
+        step_map: StepMap,
+        xs: PyTree[Any],
+        before: States,
+        window: _Window,
+        images: States,
+    ) -> _Window:
+        """One iteration, from the first step on that is not final."""
+        index = jnp.arange(len(before))
+        first, final = index == window.num_final, index < window.num_final
+        residuals = jnp.where(final[:, None], 0.0, images - window.ys)
+        updates = self._updates(step_map, xs, before, window, residuals)
+        # Not the sum on the first open step: next to a huge guess the small true value
+        # would be lost to rounding.
+        ys = jnp.where(first[:, None], images, window.ys + updates)
+
+        tolerance, sizes = self._tolerance(before, window.ys), _norm(residuals)
+        good = sizes <= _MAX_GROWTH * jnp.maximum(window.residuals, tolerance)
+        good = jnp.all(jnp.isfinite(ys), axis=-1) & (good | first)
+        num_trusted = _prefix(good)
+        trusted = index < num_trusted
+
+        changes = jnp.maximum(_norm(updates), sizes)
+        known = (changes > 0) & jnp.isfinite(window.changes)
+        changes = jnp.where(changes > 0, changes / tolerance, 0.0)
+        rate = jnp.where(known, changes / window.changes, 1.0)
+        # What is left of a geometric series; a slow one is not relied on.
+        errors = changes * jnp.where(rate < 0.5, rate / (1 - rate), 1.0)
+        unless_trusted = lambda x: jnp.where(trusted, x, jnp.inf)
+        return _Window(
+            jnp.where(trusted[:, None], ys, window.ys),
+            unless_trusted(sizes),
+            unless_trusted(changes),
+            unless_trusted(jnp.where(first, 0.0, errors)),
+            window.num_final + 1,
+            num_trusted,
+        )
+
+    def _advance(
+        self,
+        step_map: StepMap,
+        y0: State,
+        xs: PyTree[Any],
+        window: _Window,
+        exhausted: Bool[Array, ""],
+    ) -> tuple[_Window, Bool[Array, ""], Bool[Array, ""], Float[Array, " time"]]:
+        """Predicts what is not trusted, verifies what was updated, updates the rest.
+
+        Also returns whether it did update, whether there is no solution, and residuals.
+        """
+        size = len(window.ys)
+        predict = lambda: self.predictor(
+            step_map, y0, xs, window.ys, window.num_trusted
+        )
+        incomplete = eqxi.unvmap_any(window.num_trusted < size)
+        ys = lax.cond(incomplete, predict, lambda: window.ys)
+        before = shift(y0, ys)
+        images = jax.vmap(step_map.step)(xs, before)
+        residuals = _norm(images - ys)
+        # Without another iteration to come the estimate, which needs two, is not asked.
+        solved = (window.errors <= 1) | exhausted
+        solved &= residuals <= self._tolerance(before, ys)
+        num_final = _prefix(solved | (jnp.arange(size) < window.num_final))
+        complete = num_final == size
         # The values of the first open step are exact; if they are not finite, then no
         # number of iterations makes them so.
-        lost = num_finite <= num_final
-        num_small = _prefix(small)
-        last_good = jnp.where(num_finite == 0, y0, new[num_finite - 1])
-        new = jnp.where(index < num_finite, new, last_good)
-        new = jnp.where(strict & (index < num_small), ys, new)
-        return new, jnp.maximum(num_small, num_final + 1), num_iterations + 1, lost
+        lost = ~complete & ~jnp.all(
+            jnp.isfinite(images[jnp.minimum(num_final, size - 1)])
+        )
+        window = _Window(
+            ys,
+            window.residuals,
+            window.changes,
+            window.errors,
+            num_final,
+            window.num_trusted,
+        )
+        idle = complete | lost | exhausted
+        update = lambda: self._update(step_map, xs, before, window, images)
+        new = lax.cond(eqxi.unvmap_all(idle), lambda: window, update)
+        return _select(idle, window, new), ~idle, lost, residuals
+
+    def _slide(
+        self,
+        step_map: StepMap,
+        y0: State,
+        xs: PyTree[Any],
+        limit: int,
+        state: _Progress,
+    ) -> _Progress:
+        """Advances in the window that begins with the first step that is not final."""
+        steps, num_steps = state.steps, len(state.steps.ys)
+        size = num_steps if self.window is None else min(self.window, num_steps)
+        start = jnp.minimum(steps.num_final, num_steps - size)
+        cut = lambda x: (
+            lax.dynamic_slice_in_dim(x, start, size) if x.ndim else x - start
+        )
+        put = lambda x, part: (
+            lax.dynamic_update_slice_in_dim(x, part, start, 0)
+            if x.ndim
+            else start + part
+        )
+        y_start = jnp.where(start == 0, y0, steps.ys[jnp.maximum(start - 1, 0)])
+        window, updated, lost, residuals = self._advance(
+            step_map,
+            y_start,
+            jax.tree.map(cut, xs),
+            jax.tree.map(cut, steps),
+            state.num_iterations >= limit,
+        )
+        new = jax.tree.map(put, steps, window)
+        # Beyond the window the guess is what it was.
+        beyond = jnp.maximum(steps.num_trusted, start + size)
+        num_trusted = jnp.where(window.num_trusted < size, new.num_trusted, beyond)
+        new = eqx.tree_at(lambda s: s.num_trusted, new, num_trusted)
+        slides = ~lost & (window.num_final == size) & (start + size < num_steps)
+        done = ~updated & ~slides
+        num_verified = window.num_final - jnp.where(updated, 1, 0)
+        measured = (jnp.arange(size) < num_verified) | done
+        residual = jnp.max(jnp.where(measured, residuals, state.residual))
+        return _Progress(
+            new,
+            state.num_iterations + jnp.where(updated, 1, 0),
+            jnp.maximum(state.residual, residual),
+            lost,
+            done,
+        )
 
     def __call__(
         self, step_map: StepMap, y0: State, xs: PyTree[Any], guess: States
     ) -> tuple[States, Statistics]:
-        """Solves the recurrence from `y0` `(state,)` along `guess` `(time, state)`."""
+        """Solves the recurrence from `y0` `(state,)` along `guess` `(time, state)`.
+
+        From its first value that is not finite on there is no guess.
+        """
         num_steps = len(guess)
-        # Twice: N for the first attempt, N for one that leaves final steps alone.
-        limit = 2 * num_steps if self.max_iterations is None else self.max_iterations
-
-        def unfinished(carry):
-            _, num_final, num_iterations, lost = carry
-            return (num_final < num_steps) & (num_iterations < limit) & ~lost
-
-        def attempt(carry):
-            strict, _, carry = carry
-            update = ft.partial(self._update, step_map, y0, xs, strict)
-            ys, _, num_iterations, lost = lax.while_loop(unfinished, update, carry)
-            residuals = _norm(jax.vmap(step_map.step)(xs, shift(y0, ys)) - ys)
-            num_solved = _prefix(residuals <= self._tolerance(y0, ys))
-            carry = ys, num_solved, num_iterations, lost
-            return jnp.array(True), jnp.max(residuals), carry
-
-        zero = jnp.array(0, int)
-        init = guess, zero, zero, jnp.array(False)
-        _, residual, (ys, num_solved, num_iterations, lost) = lax.while_loop(
-            lambda carry: ~carry[0] | unfinished(carry[2]),
-            attempt,
-            (jnp.array(False), jnp.zeros((), guess.dtype), init),
+        limit = num_steps if self.max_iterations is None else self.max_iterations
+        zero, unknown = jnp.array(0, int), jnp.full(num_steps, jnp.inf, guess.dtype)
+        num_known = _prefix(jnp.all(jnp.isfinite(guess), axis=-1))
+        steps = _Window(guess, unknown, unknown, unknown, zero, num_known)
+        no = jnp.array(False)
+        state = lax.while_loop(
+            lambda state: ~state.done,
+            ft.partial(self._slide, step_map, y0, xs, limit),
+            _Progress(steps, zero, jnp.zeros((), guess.dtype), no, no),
         )
-        solved = (num_solved == num_steps) & ~lost
-        exhausted = num_iterations >= limit
+        steps, lost = state.steps, state.lost
+        solved = (steps.num_final == num_steps) & ~lost
         result = optx.RESULTS.where(
-            exhausted,
-            optx.RESULTS.nonlinear_max_steps_reached,
-            optx.RESULTS.nonlinear_divergence,
+            lost, optx.RESULTS.nonfinite, optx.RESULTS.nonlinear_max_steps_reached
         )
-        result = optx.RESULTS.where(lost, optx.RESULTS.nonfinite, result)
         result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
-        return ys, Statistics(num_iterations, residual, num_solved, result)
+        num_good = jnp.where(lost, steps.num_final, steps.num_trusted)
+        ys = hold(y0, steps.ys, num_good)
+        return ys, Statistics(
+            state.num_iterations, state.residual, steps.num_final, result
+        )
 
 
 class AbstractForward(eqx.Module):
@@ -189,8 +345,7 @@ class SequentialForward(AbstractForward):
         finite = jnp.all(jnp.isfinite(ys), axis=-1)
         # As after an iteration: a finite trajectory, so that no derivative is NaN.
         num_finite = _prefix(finite)
-        last_good = jnp.where(num_finite == 0, y0, ys[num_finite - 1])
-        ys = jnp.where(jnp.arange(len(ys))[:, None] < num_finite, ys, last_good)
+        ys = hold(y0, ys, num_finite)
         result = optx.RESULTS.where(
             jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite
         )

@@ -22,8 +22,9 @@ from ._checks import (
 )
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from ._interpolation import WindowInterpolations
-from ._linearization import AbstractLinearization, PiecewiseConstant
+from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
 from ._newton import AbstractForward, NewtonIteration, ParallelForward
+from ._predictor import AbstractPredictor, CoarsePredictor
 from ._step_map import SolverStep, prepare, ravel, rounding, widest
 from ._trajectory import Trajectory, largest_error, solve_grid
 
@@ -45,6 +46,10 @@ class WindowState(eqx.Module):
     ys: Float[Array, "time+1 state"]
     num_iterations: Int[Array, ""]
     residual: Float[Array, ""]
+
+
+# Without `window`: a CPU is full with fewer, other devices have this many entries.
+_CPU_WINDOW, _ENTRIES = 1024, 2**22
 
 
 class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
@@ -71,19 +76,27 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         `ExponentialRosenbrockEuler`... An implicit solver whose root finder has no
         tolerances of its own gets `optimistix.Newton`, converged to rounding.
     - `num_steps`: the steps of one window, N.
-    - `linearization`: the transitions of the iteration, see `PiecewiseConstant`.
+    - `linearization`: the transitions of the iteration. `None` means
+        `PiecewiseConstant`; for implicit solvers, and those that split the field,
+        `FullJacobian`.
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan` on a
         CPU and `AssociativeScan` elsewhere.
-    - `rtol`, `atol`: tolerances of the Newton iteration, for the update and the
-        residual of each step relative to the norm of the state; not those of the
-        differential equation. `None` means close to rounding, eps**0.75, and zero.
-    - `max_iterations`: at most this many iterations; `None` means
-        `2 * num_steps`, twice what a first attempt can take. A window that has not
-        converged is a failure, which an adaptive step size controller answers with a
-        smaller window.
-    - `guess`: a `diffrax.AbstractPath` close to the solution: a coarse solve with
-        `SaveAt(dense=True)`, an interpolation... `None` means the constant y0, or the
-        trajectory in `solver_state` where there is one.
+    - `rtol`, `atol`: tolerances of the Newton iteration, for the residual and the
+        estimated error of each step relative to the norm of the state; not those of
+        the differential equation. `None` means close to rounding, eps**0.75, and zero.
+    - `max_iterations`: at most this many iterations; `None` means `num_steps`, which
+        always suffices. A window that has not converged is a failure, which an
+        adaptive step size controller answers with a smaller window.
+    - `guess`: a `diffrax.AbstractPath` close to the solution: a previous `Solution`
+        with `SaveAt(dense=True)`, an interpolation... Before its beginning and beyond
+        its end it is taken as constant. `None` means the trajectory in `solver_state`
+        where there is one, else what the `predictor` predicts.
+    - `predictor`: where there is no guess, or none that can be trusted.
+        `CoarsePredictor()`, which `None` means, makes a few large steps in sequence;
+        `ConstantPredictor()` is the constant y0.
+    - `window`: the iteration works on this many steps at once, beginning with the first
+        that has not converged; memory O(`window` D²). `None` means
+        1024 on a CPU, and elsewhere as many as have four million Jacobian entries.
     - `forward`: `ParallelForward()` or `SequentialForward()`, how the forward pass is
         done. The answer and the parallel gradient are the same. `None` means parallel.
 
@@ -103,12 +116,14 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     solver: diffrax.AbstractSolver = diffrax.Dopri5()
     num_steps: int = 64
-    linearization: AbstractLinearization = PiecewiseConstant()
+    linearization: AbstractLinearization | None = None
     scan: AbstractScan | None = None
     rtol: float | None = None
     atol: float | None = None
     max_iterations: int | None = None
     guess: diffrax.AbstractPath | None = None
+    predictor: AbstractPredictor | None = None
+    window: int | None = None
     forward: AbstractForward | None = None
 
     def __check_init__(self):
@@ -116,14 +131,20 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         if self.max_iterations is not None:
             check_count("max_iterations", self.max_iterations)
         check_instance("solver", self.solver, diffrax.AbstractSolver, "Dopri5()")
-        check_instance(
-            "linearization",
-            self.linearization,
-            AbstractLinearization,
-            "PiecewiseConstant()",
-        )
+        if self.linearization is not None:
+            check_instance(
+                "linearization",
+                self.linearization,
+                AbstractLinearization,
+                "PiecewiseConstant()",
+            )
         if self.scan is not None:
             check_instance("scan", self.scan, AbstractScan, "SequentialScan()")
+        if self.window is not None:
+            check_count("window", self.window)
+        if self.predictor is not None:
+            example = "CoarsePredictor()"
+            check_instance("predictor", self.predictor, AbstractPredictor, example)
         if self.forward is not None:
             check_instance(
                 "forward", self.forward, AbstractForward, "SequentialForward()"
@@ -178,24 +199,35 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         y0: Y,
         args: Args,
     ) -> WindowState:
-        """The guess of the first window: the constant y0."""
+        """No guess for the first window: a trajectory that does not leave `t0`."""
         del args
         check_noise(terms)
         flat, _ = ravel(y0)
-        ts = self.grid(t0, t1)
+        ts = jnp.full_like(self.grid(t0, t1), t0)
         ys = jnp.broadcast_to(flat, (len(ts), flat.size))
         zero = jnp.zeros((), flat.dtype)
         state = WindowState(ts, ys, jnp.array(0, int), zero)
         return lax.stop_gradient(state)
 
-    def _iteration(self, y0: Y, num_windows: int) -> NewtonIteration:
-        limit = self.max_iterations
+    def _iteration(self, inner: SolverStep, y0: Y, num_windows: int) -> NewtonIteration:
+        limit, window = self.max_iterations, self.window
+        if window is None:
+            window = _ENTRIES // max(ravel(y0)[0].size, 1) ** 2
+            # Not a matter of the result: at worst slower, should it run elsewhere.
+            on_cpu = jax.default_backend() == "cpu"
+            window = _CPU_WINDOW if on_cpu else max(window, _CPU_WINDOW)
+        linearization = self.linearization
+        if linearization is None:
+            explicit = inner.is_one_field and not inner.is_implicit
+            linearization = PiecewiseConstant() if explicit else FullJacobian()
         return NewtonIteration(
-            self.linearization,
+            linearization,
             PlatformScan() if self.scan is None else self.scan,
+            CoarsePredictor() if self.predictor is None else self.predictor,
             rounding(y0) ** 0.75 if self.rtol is None else self.rtol,
             0.0 if self.atol is None else self.atol,
             None if limit is None else limit * num_windows,
+            window,
         )
 
     def _guess(
@@ -213,11 +245,17 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
             length = old[right] - old[right - 1]
             part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
+            # Half a step beyond the end is as good as at the end: `t1` may be trained.
+            known = (part >= -0.5) & (part <= 1.5) & (length > 0)
             part = jnp.clip(part, 0, 1)[:, None]
-            return ys[right - 1] + part * (ys[right] - ys[right - 1])
+            ys = ys[right - 1] + part * (ys[right] - ys[right - 1])
+            return jnp.where(known[:, None], ys, jnp.nan)
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
+        ends = [t for t in (guess.t0, guess.t1) if t is not None]
+        if len(ends) == 2:
+            times = jnp.clip(times, jnp.minimum(*ends), jnp.maximum(*ends))
         check_guess(guess, times[0], y0)
         return jax.vmap(lambda t: ravel(guess.evaluate(t))[0])(times)
 
@@ -258,10 +296,11 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         inner = self.inner_step(terms, y0, args)
         if forward is None:
             forward = ParallelForward() if self.forward is None else self.forward
+        iteration = self._iteration(inner, y0, num_windows)
         if isinstance(forward, ParallelForward):
-            check_size(len(ts) - 1, flat.size, self.linearization)
+            num_steps = min(len(ts) - 1, iteration.window or len(ts))
+            check_size(num_steps, flat.size, iteration.linearization)
         guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
-        iteration = self._iteration(y0, num_windows)
         return solve_grid(inner, ts, flat, guess, forward, iteration)
 
     def step(

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
+from ._custom_types import Args, DenseInfo, Matrix, RealScalarLike, State, Y
+from ._dirk import IMPLICIT_EULER, dirk_jacobian, dirk_tableau
+from ._linearization import value_and_jacobian
 
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
 _TO_BE_FILLED_IN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
@@ -93,6 +95,17 @@ class SolverStep(eqx.Module):
     args: Args
     unravel: Callable[[State], Y] = eqx.field(static=True)
 
+    @property
+    def is_one_field(self) -> bool:
+        """Whether there is one vector field, not several as for `SemiImplicitEuler`."""
+        return isinstance(self.terms, diffrax.AbstractTerm)
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether the step solves equations of its own."""
+        # Unlike `type` this looks into a `HalfSolver`.
+        return isinstance(self.solver, diffrax.AbstractImplicitSolver)
+
     def increment(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
         """The vector field in the middle of the step, times the length of the step."""
         t0, t1 = x
@@ -108,6 +121,34 @@ class SolverStep(eqx.Module):
     def step(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
         """The state at the end of the step."""
         return self.full(x, y)[0]
+
+    def jacobian(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> Matrix:
+        """The derivative of the step with respect to the state, `(state, state)`."""
+        # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
+        kind = type(self.solver)
+        control = self.terms.contr(*x) if self.is_one_field else None
+        product = lambda t, y: self._product(t, y, control)
+        if kind is diffrax.ImplicitEuler:
+            ks = (self.step(x, y) - y)[None]
+            return dirk_jacobian(IMPLICIT_EULER, product, x, y, ks)
+        if issubclass(kind, diffrax.AbstractDIRK) and self.is_one_field:
+            ks = jax.vmap(lambda k: ravel(k)[0])(self.full(x, y)[2]["k"])
+            tableau = dirk_tableau(self.solver.tableau)  # pyright: ignore
+            return dirk_jacobian(tableau, product, x, y, ks)
+        return value_and_jacobian(lambda y: self.step(x, y), y)[1]
+
+    def leap(
+        self,
+        first: tuple[RealScalarLike, RealScalarLike],
+        last: tuple[RealScalarLike, RealScalarLike],
+        x: tuple[RealScalarLike, RealScalarLike],
+        y: State,
+    ) -> State:
+        """One step over several, and its dense output at the end of one of them."""
+        (t0, _), (_, t1) = first, last
+        _, _, dense_info, _ = self.full((t0, t1), y)
+        path = self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+        return ravel(path.evaluate(x[1]))[0]
 
     def full(
         self, x: tuple[RealScalarLike, RealScalarLike], y: State

@@ -65,9 +65,8 @@ def solve_grid(
 
     The arguments are those of `solve`, whose cost it has.
     """
-    is_one_field = isinstance(inner.terms, diffrax.AbstractTerm)
-    # A solver of several terms, `SemiImplicitEuler`, has no one vector field.
-    step_map = StepMap(inner.step, inner.increment if is_one_field else None)
+    increment = inner.increment if inner.is_one_field else None
+    step_map = StepMap(inner.step, increment, inner.jacobian, inner.leap)
     xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
     ys, statistics = solve(step_map, y0, xs, guess, forward, iteration, idle)
     return Trajectory(inner, ts, y0, ys, statistics)

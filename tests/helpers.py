@@ -31,6 +31,7 @@ from diffrax_deer._newton import (
     ParallelForward,
     SequentialForward,
 )
+from diffrax_deer._predictor import AbstractPredictor, ConstantPredictor
 
 # A strategy added here is held to every contract.
 linearizations: dict[str, AbstractLinearization] = {
@@ -213,11 +214,21 @@ def newton(
     *,
     tolerance: float = 1e-9,
     max_iterations: int | None = None,
+    predictor: AbstractPredictor | None = None,
+    window: int | None = None,
 ) -> NewtonIteration:
     """A `NewtonIteration` with the same relative and absolute tolerance."""
     linearization = FullJacobian() if linearization is None else linearization
     scan = SequentialScan() if scan is None else scan
-    return NewtonIteration(linearization, scan, tolerance, tolerance, max_iterations)
+    return NewtonIteration(
+        linearization,
+        scan,
+        ConstantPredictor() if predictor is None else predictor,
+        tolerance,
+        tolerance,
+        max_iterations,
+        window,
+    )
 
 
 def constant_guess(y0: Array, num_steps: int) -> Array:

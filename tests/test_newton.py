@@ -1,5 +1,6 @@
 """The iteration finds what a plain loop finds, or it says that it has not."""
 
+import dataclasses
 import functools as ft
 
 import jax
@@ -7,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer._affine_scan import AssociativeScan, SequentialScan
+from diffrax_deer._affine_scan import AssociativeScan
 from diffrax_deer._linearization import (
     DiagonalJacobian,
     FullJacobian,
     Picard,
     StepMap,
 )
-from diffrax_deer._newton import NewtonIteration, SequentialForward
+from diffrax_deer._newton import SequentialForward
 
 from .helpers import (
     constant_guess,
@@ -199,7 +200,7 @@ def test_the_relative_tolerance_knows_no_units():
     @jax.vmap
     def solve(unit):
         scaled = StepMap(lambda x, y: unit * step_map.step(x, y / unit))
-        iteration = NewtonIteration(FullJacobian(), SequentialScan(), 1e-6, 0.0, None)
+        iteration = dataclasses.replace(newton(tolerance=1e-6), atol=0.0)
         guess = constant_guess(unit * y0, 50)
         ys, statistics = iteration(scaled, unit * y0, xs, guess)
         return ys / unit, statistics
@@ -354,7 +355,7 @@ def test_nan_is_never_success(linearization):
 
 
 def test_a_residual_that_is_not_a_number_is_no_success():
-    # All steps are solved but the last, which has no value; there is no time to notice.
+    # All steps are solved but the last, which has no value.
     step_map = StepMap(lambda x, y: jnp.where(x < 5, jnp.cos(y), jnp.nan))
     y0, xs = jnp.array([0.3]), jnp.arange(6.0)
     guess = jax.jit(ft.partial(sequential, step_map))(y0, xs)[None]
@@ -362,7 +363,7 @@ def test_a_residual_that_is_not_a_number_is_no_success():
     (ys, statistics), _ = _solve(iteration, step_map, y0, xs, guess)
     np.testing.assert_array_equal(ys[0, :5], guess[0, :5])
     assert jnp.isnan(statistics.residual[0])
-    assert result_is(statistics.result, "nonlinear_max_steps_reached")
+    assert result_is(statistics.result, "nonfinite")
 
 
 @each_linearization

@@ -1,0 +1,108 @@
+r"""Where the guess comes from when there is none, or none that can be trusted.
+
+Newton's method converges from anywhere in the end, but quickly only from nearby. A few
+large steps, one after another, are cheap beside one iteration over all the small ones,
+and most often end close by.
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import check_count
+from ._custom_types import State, States
+from ._linearization import StepMap
+
+
+class AbstractPredictor(eqx.Module):
+    """What stands in for a guess. The answer and its gradient do not depend on it."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        step_map: StepMap,
+        y0: State,
+        xs: PyTree[Any],
+        ys: States,
+        num_known: Int[Array, ""],
+    ) -> States:
+        """Predicts the states that are not known.
+
+        **Arguments:**
+
+        - `step_map`, `y0`, `xs`: the recurrence, as in `solve`.
+        - `ys`: the states, `(time, state)`, of which the first `num_known` are known.
+
+        **Returns:**
+
+        All states, `(time, state)`, the known ones as they were. They need be finite
+        only if the known ones are. Not differentiated.
+        """
+
+
+def hold(y0: State, ys: States, num_known: Int[Array, ""]) -> States:
+    """The last known state from there on."""
+    last = jnp.where(num_known == 0, y0, ys[jnp.maximum(num_known - 1, 0)])
+    return jnp.where(jnp.arange(len(ys))[:, None] < num_known, ys, last)
+
+
+class ConstantPredictor(AbstractPredictor):
+    """The last known state; from a cold start that is y0 everywhere. Costs nothing."""
+
+    def __call__(self, step_map, y0, xs, ys, num_known):
+        del step_map, xs
+        return hold(y0, ys, num_known)
+
+
+class CoarsePredictor(AbstractPredictor):
+    """Steps `stride` times as long as the others, in sequence, and interpolated.
+
+    The step is the step map's own over a longer time, its dense output the prediction.
+    Costs N / `stride` steps one after another. Where such a step fails, and for
+    recurrences, which have no longer steps, it predicts what `ConstantPredictor` does.
+
+    **Arguments:**
+
+    - `stride`: the length of a step, in steps of the solve. The longer, the fewer steps
+        in sequence, and the more iterations afterwards.
+
+    ??? cite "Reference"
+
+        A coarse sequential solve as the guess of a parallel one is that of Parareal:
+        Lions, Maday and Turinici, C. R. Acad. Sci. Paris 332 (2001).
+    """
+
+    stride: int = 4
+
+    def __check_init__(self):
+        check_count("stride", self.stride)
+
+    def __call__(self, step_map, y0, xs, ys, num_known):
+        ys, num_steps = hold(y0, ys, num_known), len(ys)
+        leap, stride = step_map.leap, min(self.stride, num_steps)
+        if leap is None:
+            return ys
+        num_leaps = -(-num_steps // stride)
+        # The last step stands in for those that complete the last leap.
+        index = jnp.minimum(jnp.arange(num_leaps * stride), num_steps - 1)
+        cut = lambda x: x[index].reshape(num_leaps, stride, *x.shape[1:])
+
+        def body(y, inputs):
+            x, known, start = inputs
+            first, last = (jax.tree.map(lambda x, i=i: x[i], x) for i in (0, -1))
+            predicted = jax.vmap(lambda x: leap(first, last, x, y))(x)
+            finite = jnp.all(jnp.isfinite(predicted), axis=-1, keepdims=True)
+            predicted = jnp.where(finite, predicted, y)
+            predicted = jnp.where(
+                start + jnp.arange(stride)[:, None] < num_known, known, predicted
+            )
+            return predicted[-1], predicted
+
+        starts = stride * jnp.arange(num_leaps)
+        _, predicted = lax.scan(body, y0, (jax.tree.map(cut, xs), cut(ys), starts))
+        return predicted.reshape(num_leaps * stride, -1)[:num_steps]
