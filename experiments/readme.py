@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import deer_adjoint
+from experiments import convergence, deer_adjoint
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
 
@@ -35,6 +35,11 @@ def _deer_adjoint(results: dict[str, Any]) -> str:
     return f"{deer_adjoint.table(results)}\n\n{_measured(results, what)}"
 
 
+def _convergence(results: dict[str, Any]) -> str:
+    what = "tolerance of the iteration 2e-12"
+    return f"{convergence.table(results)}\n\n{_measured(results, what)}"
+
+
 def _measured(results: dict[str, Any], what: str) -> str:
     environment = results["environment"]
     versions = environment["versions"]
@@ -48,6 +53,7 @@ def _measured(results: dict[str, Any], what: str) -> str:
 _TABLES = {
     "neural_ode_classifier": _neural_ode_classifier,
     "deer_adjoint": _deer_adjoint,
+    "convergence": _convergence,
 }
 
 

@@ -1,0 +1,140 @@
+"""Random fields, grids and guesses: the sequential answer, or an honest failure."""
+
+import functools as ft
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from diffrax_deer import CoarsePredictor, ConstantPredictor
+from diffrax_deer._linearization import StepMap
+
+from .helpers import linearizations, newton, result_is, rk4, sequential
+
+_BATCH, _NUM_STEPS, _STATE = 4, 24, 3
+
+
+def _field(t, y, args):
+    # Saturating, linear, quadratic (which leaves all bounds) and undefined below zero.
+    weights, quadratic, root = args
+    edge = root * jnp.sqrt(y + 1)
+    return jnp.tanh(weights @ y + jnp.sin(t)) + quadratic * y * y[::-1] - edge
+
+
+def _step_map(args) -> StepMap:
+    inner = rk4(_field, args)
+
+    def leap(first, last, x, y):
+        end = inner.step((first[0], last[1]), y)
+        return y + (x[1] - first[0]) / (last[1] - first[0]) * (end - y)
+
+    return StepMap(inner.step, inner.increment, None, leap)
+
+
+@ft.cache
+def _solver(name: str, window: int | None, coarse: bool):
+    """Solved in parallel as a batch, each alone, and in sequence."""
+    predictor = CoarsePredictor(5) if coarse else ConstantPredictor()
+    tolerance = lambda dtype: float(jnp.finfo(dtype).eps) ** 0.75
+
+    def solve(args, times, y0, guess):
+        iteration = newton(
+            linearizations[name],
+            tolerance=tolerance(y0.dtype),
+            predictor=predictor,
+            window=window,
+        )
+        return iteration(_step_map(args), y0, (times[:-1], times[1:]), guess)
+
+    def reference(args, times, y0):
+        return sequential(_step_map(args), y0, (times[:-1], times[1:]))
+
+    return jax.jit(jax.vmap(solve)), jax.jit(solve), jax.jit(jax.vmap(reference))
+
+
+def _spoil(guess: np.ndarray, rng: np.random.Generator, values: list[float]) -> None:
+    """Puts each of `values` somewhere into each guess."""
+    for sample in guess:
+        for value in values:
+            sample[rng.integers(_NUM_STEPS), rng.integers(_STATE)] = value
+
+
+@st.composite
+def _cases(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = lambda: draw(st.sampled_from([0.0, 0.3, 3.0]))
+    weights = draw(st.sampled_from([0.1, 1.0, 10.0]))
+    args = (
+        weights * rng.normal(size=(_BATCH, _STATE, _STATE)),
+        size() * rng.normal(size=(_BATCH, _STATE)),
+        np.broadcast_to(size(), (_BATCH, _STATE)),
+    )
+    lengths = rng.uniform(size=(_BATCH, _NUM_STEPS)) ** draw(st.integers(0, 4))
+    times = draw(st.sampled_from([0.5, 4.0])) * np.cumsum(lengths, axis=1)
+    times = np.concatenate([np.zeros((_BATCH, 1)), times / _NUM_STEPS], axis=1)
+    y0 = draw(st.sampled_from([0.0, 1e-8, 1.0])) * rng.normal(size=(_BATCH, _STATE))
+    guess = rng.normal(size=(_BATCH, _NUM_STEPS, _STATE))
+    guess *= draw(st.sampled_from([0.0, 1.0, 1e30]))
+    spoiled = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30])
+    _spoil(guess, rng, draw(st.lists(spoiled, max_size=3)))
+    return args, times, y0, guess
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize(
+    ("name", "window", "coarse"),
+    [
+        ("piecewise_constant", None, True),
+        ("full_jacobian", 7, True),
+        ("diagonal_jacobian", None, False),
+        ("picard", 5, False),
+    ],
+)
+@hypothesis.given(case=_cases())
+@hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+def test_the_answer_is_the_sequential_one_or_an_honest_failure(
+    name, window, coarse, dtype, case
+):
+    batched, alone, reference = _solver(name, window, coarse)
+    args, times, y0, guess = jax.tree.map(lambda x: jnp.asarray(x, dtype), case)
+    ys, statistics = batched(args, times, y0, guess)
+    expected = np.asarray(reference(args, times, y0), np.float64)
+    successful = np.asarray(result_is(statistics.result, "successful"))
+    finite = np.all(np.isfinite(expected), axis=(1, 2))
+
+    # No iteration too many, and never a value that is not a number.
+    assert np.all(statistics.num_iterations <= _NUM_STEPS)
+    assert np.all(np.isfinite(ys))
+    # What a loop solves is solved, and what it does not solve is not: neighbours apart.
+    np.testing.assert_array_equal(successful, finite)
+    assert np.all(result_is(statistics.result, "nonfinite") == ~successful)
+
+    # How much a perturbation grows decides how well two solutions can agree.
+    eps = float(jnp.finfo(dtype).eps)
+    nearby = y0 * (1 + 16 * eps) + 16 * eps
+    moved = np.asarray(reference(args, times, nearby), np.float64)
+    norm = lambda y: np.max(np.abs(y), axis=(1, 2))
+    with np.errstate(all="ignore"):
+        scale = norm(expected) + 1
+        growth = norm(moved - expected) / (16 * eps) / scale + 1
+        error = norm(np.asarray(ys, np.float64) - expected) / scale
+        bound = 100 * eps**0.75 * growth
+    close = np.isfinite(bound) & (bound < 1e-2) & successful
+    assert np.all(error[close] <= bound[close])
+
+    # A sample alone has the same iterations, whatever its neighbours do.
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    ys_alone, statistics_alone = alone(*first((args, times, y0, guess)))
+    assert statistics_alone.num_solved == statistics.num_solved[0]
+    if close[0]:
+        error = np.max(np.abs(np.asarray(ys_alone - ys[0], np.float64))) / scale[0]
+        assert error <= bound[0]
