@@ -35,6 +35,10 @@ _LAYERS = [
     "_successive",
     "_saving",
     "_adjoint",
+    "_measurement",
+    "_cost_model",
+    "_advice",
+    "_advise",
 ]
 
 _MODULES = sorted(path.stem for path in _PACKAGE.rglob("*.py"))
