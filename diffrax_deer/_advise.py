@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ._adjoint import DEERAdjoint
-from ._advice import MANY_LYAPUNOV_TIMES, Advice
+from ._advice import FEW_STEPS, MANY_LYAPUNOV_TIMES, Advice
 from ._checks import check_count, check_instance, check_noise
 from ._controller import WholeInterval
 from ._cost_model import CostModel, predict
@@ -47,8 +47,8 @@ _MOST_UNEVEN_STEPS = 4096
 _MOST_ITERATIONS = 200
 _LARGEST_DENSE = 16
 _LARGEST_DIAGONAL = 64
-# What a model that is right to a factor of two has to promise before a change pays.
-_WORTH_IT = 1.2
+# What a model that is right to a factor of three has to promise before a change pays.
+_WORTH_IT = 1.5
 
 
 def advise(
@@ -105,14 +105,7 @@ def advise(
     explicit = solve_adaptively(problem, inner, rtol, atol, max_steps)
     solve = _stiff_solve(problem, explicit, rtol, atol, max_steps)
     if not solve.successful:
-        msg = (
-            f"`{type(inner).__name__}` did not come from t0={t0} to t1={t1} in "
-            f"max_steps={max_steps} steps, and no implicit solver did in a tenth of "
-            "them. Either the solution or the field is not finite somewhere before t1, "
-            "or the tolerances are below rounding (float32?), or the problem is long: "
-            "shorten the interval, pass larger `rtol` and `atol`, or `max_steps`."
-        )
-        raise RuntimeError(msg)
+        raise RuntimeError(_not_solved(problem, inner, max_steps))
     lipschitz, lyapunov = rates(problem, solve)
     size = ravel(solve.y0)[0].size
     duration = abs(float(t1) - float(t0))
@@ -121,7 +114,8 @@ def advise(
     model = CostModel(
         num_steps=solve.num_steps,
         grid_steps=max(deer.num_steps, _num_windows(grid)),
-        stages=evaluations_of_field(solve.solver, size),
+        stages=evaluations_of_field(solve.solver),
+        implicit=isinstance(solve.solver, diffrax.AbstractImplicitSolver),
         flops=flops_of_field(problem, solve),
         state_size=size,
         batch_size=batch_size,
@@ -130,8 +124,10 @@ def advise(
     )
     cold, warm = _iterations(problem, deer, grid, chaotic)
     prediction = predict(model, cold, warm)
-    newton = None if chaotic else prediction.speedup_gradient
-    best = _best(deer, newton, prediction.speedup_sequential_forward)
+    best = None
+    if solve.num_steps >= FEW_STEPS:
+        newton = None if chaotic else prediction.speedup_gradient
+        best = _best(deer, newton, prediction.speedup_sequential_forward)
     pid = diffrax.PIDController(rtol=rtol, atol=atol)
     return Advice(
         solver=solve.solver if best is None else best,
@@ -156,6 +152,16 @@ def advise(
         cold_iterations=cold,
         warm_iterations=warm,
         **prediction._asdict(),
+    )
+
+
+def _not_solved(problem: Problem, solver: Any, max_steps: int) -> str:
+    return (
+        f"`{type(solver).__name__}` did not come from t0={problem.t0} to "
+        f"t1={problem.t1} in max_steps={max_steps} steps, and no implicit solver did "
+        "in a tenth of them. Either the solution or the field is not finite somewhere "
+        "before t1, or the tolerances are below rounding (float32?), or the problem is "
+        "long: shorten the interval, or pass larger `rtol` and `atol`, or `max_steps`."
     )
 
 

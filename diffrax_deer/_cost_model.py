@@ -1,26 +1,26 @@
-r"""What a solve costs in sequence and in parallel: a model, right to a factor of two.
+r"""What a solve costs in sequence and in parallel: a model, right to a factor of three.
 
 Two things take time: what has to wait for something else, the *depth*, and all there is
-to compute, the *work*. One device does both at once, so that
+to compute, the *work*. Both are in microseconds here, and their sum is the time. For N
+steps of S evaluations of a field of D components, M steps of the grid solved in
+parallel, B samples, which cost no depth, and e the work of one evaluation:
 
-    time = depth + work / flops_per_call,
-
-in units of one call: the overhead of one evaluation of the field in a loop, about 1 µs
-on a CPU and 10 µs on a GPU. Per sample and N steps of S evaluations of a field of F
-operations and D components (its B samples are calculated together, but for the depth):
-
-| | depth | work |
+| | depth | work for each step and sample |
 | --- | --- | --- |
-| sequential | N S | N S F |
-| its value and gradient | 5 times that | 5 times that |
-| one Newton iteration | 50 + S + scan | N (S F + transitions + scan) |
-| `SequentialForward` | N on a CPU, else N S | N S F |
-| gradient of `DEERAdjoint` | 50 + 3 S + scan | N (S F (3 + 0.4 D) + scan) |
+| sequential | c N S | S e + some D |
+| its value and gradient | 20 c N S | 6 S e + more D |
+| one Newton iteration | i + scan | S e + transition + scan |
+| `SequentialForward` | c M times 2, or S if implicit | S e |
+| gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
 
-A dense scan has a depth of N / 50 on a CPU, done in sequence, and 2 log2(N) elsewhere,
-where it multiplies matrices. A tangent costs 0.4 evaluations, having no nonlinearity of
-its own. The numbers are fitted to timings of a FitzHugh-Nagumo oscillator and of small
-neural ODEs, batch 1 to 128, on two CPU cores; those of a GPU are not measured.
+The latencies c and i are properties of the device, and so are the operations done in a
+microsecond. Memory traffic counts as 60 operations for every number written. A scan of
+M steps is done in sequence on a CPU and has a depth of i log2(M) elsewhere, where it
+multiplies matrices.
+
+Fitted to value and gradient, and to solves without, of a FitzHugh-Nagumo oscillator
+(batch 1, 64 and 1000) and of small neural ODEs (1 to 512), and Robertson's
+problem (1 and 32), on two CPU cores. Those of other devices are guesses.
 """
 
 from typing import NamedTuple
@@ -35,18 +35,35 @@ from ._linearization import (
     PiecewiseConstant,
 )
 
-_FLOPS_PER_CALL = {"cpu": 3e4}
-_FLOPS_PER_CALL_OF_ACCELERATORS = 2e7
-_OVERHEAD = 50
+_TRAFFIC = 60
+# Beside the field: error estimate, controller, and in a gradient the checkpoints.
+_BOOKKEEPING, _BOOKKEEPING_OF_GRADIENT = 1500, 12_000
+_PRODUCTS_OF_EXPM = 8
+# A small matrix is factorized for about as long, whatever its size.
+_LINEAR_SOLVE = 12_500
+_TANGENT = 0.4
 # 4 GiB in single precision.
 _MOST_ENTRIES = 2**30
-_TANGENT = 0.4
-_SEQUENTIAL_GRADIENT = 5
-_MATRIX_PRODUCTS_OF_EXPM = 8
+
+
+class Device(NamedTuple):
+    """Microseconds of one evaluation, of one Newton iteration, of one call of a solve.
+
+    And the operations done in a microsecond, if there is enough to do.
+    """
+
+    evaluation: float
+    iteration: float
+    call: float
+    throughput: float
+
+
+_CPU = Device(0.2, 8, 30, 25_000)
+_ACCELERATOR = Device(20, 200, 200, 2_000_000)
 
 
 class Effort(eqx.Module):
-    """Depth, in calls, and work, in floating point operations."""
+    """Depth and work, in microseconds."""
 
     depth: float
     work: float
@@ -54,18 +71,19 @@ class Effort(eqx.Module):
     def __add__(self, other: "Effort") -> "Effort":
         return Effort(self.depth + other.depth, self.work + other.work)
 
-    def times(self, factor: float) -> "Effort":
-        """The same again and again."""
-        return Effort(factor * self.depth, factor * self.work)
+    @property
+    def time(self) -> float:
+        """Both together."""
+        return self.depth + self.work
 
 
 class CostModel(eqx.Module):
     """The model, for one problem on one platform.
 
-    - `num_steps`: of the sequential solve.
-    - `grid_steps`: of the grid that is solved in parallel.
-    - `stages`: evaluations of the field in one step.
-    - `flops`: of one evaluation.
+    - `num_steps`, `grid_steps`: of the sequential and of the parallel solve, N and M.
+    - `stages`: evaluations of the field in one step, S.
+    - `implicit`: whether these are in loops, which cannot be unrolled.
+    - `flops`: operations of one evaluation.
     - `state_size`, `batch_size`: D and B.
     - `linearization`: of the Newton iteration.
     - `platform`: as `jax.default_backend()` names it.
@@ -74,73 +92,88 @@ class CostModel(eqx.Module):
     num_steps: int
     grid_steps: int
     stages: float
+    implicit: bool
     flops: float
     state_size: int
     batch_size: int
     linearization: AbstractLinearization
     platform: str
 
-    def _scan(self, diagonal: bool) -> Effort:
-        """Of the affine recurrence; the work is that of one step."""
+    @property
+    def _device(self) -> Device:
+        return _CPU if self.platform == "cpu" else _ACCELERATOR
+
+    @property
+    def _step(self) -> float:
+        """Operations of one step."""
+        size = self.state_size
+        evaluation = self.flops + _TRAFFIC * size
+        if self.implicit:
+            evaluation += _TANGENT * size * self.flops + _LINEAR_SOLVE + size**3
+        return self.stages * evaluation
+
+    def _effort(self, depth: float, num_steps: int, work: float) -> Effort:
+        work = work * num_steps * self.batch_size / self._device.throughput
+        return Effort(depth + self._device.call, work)
+
+    def _scan(self, diagonal: bool) -> tuple[float, float]:
+        """Depth of the affine recurrence, and operations of one of its steps."""
         size = self.state_size
         if self.platform == "cpu":
-            return Effort(self.grid_steps / 50, 2 * size if diagonal else 2 * size**2)
-        depth = 2 * np.log2(self.grid_steps + 1)
-        return Effort(depth, 4 * size if diagonal else 4 * size**3)
+            return self.grid_steps / 100, 2 * (size if diagonal else size**2)
+        depth = self._device.iteration / 10 * np.log2(self.grid_steps + 1)
+        return float(depth), 4 * (size if diagonal else size**3)
 
     def _transition(self) -> float:
-        """The work of one transition."""
+        """Operations of one transition."""
         size, kind = self.state_size, type(self.linearization)
-        tangents = _TANGENT * size * self.flops
         if kind is Picard:
             return 0.0
         if kind is PiecewiseConstant:
-            return tangents + _MATRIX_PRODUCTS_OF_EXPM * 2 * size**3
-        return self.stages * tangents
-
-    def _on_grid(self, depth: float, work: float) -> Effort:
-        return Effort(depth, work * self.grid_steps * self.batch_size)
+            product = 2 * size**3 + _TRAFFIC * size**2
+            tangents = _TANGENT * size * self.flops
+            return tangents + _PRODUCTS_OF_EXPM * product
+        return _TANGENT * size * self._step
 
     def sequential(self) -> Effort:
         """The forward solve by the sequential solver."""
-        evaluations = self.num_steps * self.stages
-        return Effort(evaluations, evaluations * self.flops * self.batch_size)
+        depth = self._device.evaluation * self.num_steps * self.stages
+        work = self._step + _BOOKKEEPING * self.state_size
+        return self._effort(depth, self.num_steps, work)
 
     def sequential_gradient(self) -> Effort:
-        """Value and gradient of the sequential solver: checkpoints are made again."""
-        return self.sequential().times(_SEQUENTIAL_GRADIENT)
+        """Value and gradient of the sequential solver."""
+        depth = 20 * self._device.evaluation * self.num_steps * self.stages
+        work = 6 * self._step + _BOOKKEEPING_OF_GRADIENT * self.state_size
+        return self._effort(depth, self.num_steps, work)
 
     def newton(self, iterations: int) -> Effort:
         """The forward solve by Newton's method."""
         diagonal = type(self.linearization) in (DiagonalJacobian, Picard)
-        scan = self._scan(diagonal)
-        work = self.stages * self.flops + self._transition() + scan.work
-        depth = _OVERHEAD + self.stages + scan.depth
-        return self._on_grid(depth, work).times(iterations)
+        depth, work = self._scan(diagonal)
+        depth += self._device.iteration
+        if self.implicit:
+            depth += self._device.evaluation * self.stages
+        work += self._step + self._transition()
+        return self._effort(iterations * depth, self.grid_steps, iterations * work)
 
     def in_sequence(self) -> Effort:
         """The forward solve by `SequentialForward`."""
-        # On a CPU the unrolled stages of a step are compiled into one call.
-        calls = 1 if self.platform == "cpu" else self.stages
-        return self._on_grid(self.grid_steps * calls, self.stages * self.flops)
+        depth = self._device.evaluation * (self.stages if self.implicit else 2)
+        return self._effort(depth * self.grid_steps, self.grid_steps, self._step)
 
     def gradient(self) -> Effort:
         """What `DEERAdjoint` adds to a forward solve."""
-        scan = self._scan(False)
-        tangents = 3 + _TANGENT * self.state_size
-        work = self.stages * self.flops * tangents + scan.work
-        return self._on_grid(_OVERHEAD + 3 * self.stages + scan.depth, work)
+        depth, work = self._scan(False)
+        depth += 6 * self._device.iteration
+        # An implicit step is differentiated at its solution, whatever led to that.
+        work += self._step * (3 if self.implicit else 5 + 2 * self.state_size)
+        return self._effort(depth, self.grid_steps, work)
 
     def fits(self) -> bool:
         """Whether there is memory for the Jacobians that a gradient needs."""
         entries = self.grid_steps * self.batch_size * self.state_size**2
         return entries <= _MOST_ENTRIES
-
-    def speedup(self, slow: Effort, fast: Effort) -> float:
-        """How many times as long `slow` takes as `fast`."""
-        per_call = _FLOPS_PER_CALL.get(self.platform, _FLOPS_PER_CALL_OF_ACCELERATORS)
-        time = lambda effort: effort.depth + effort.work / per_call
-        return float(time(slow) / time(fast))
 
 
 class Prediction(NamedTuple):
@@ -157,20 +190,18 @@ def predict(model: CostModel, cold: int | None, warm: int | None) -> Prediction:
     """What the model says, given the Newton iterations; `None` where it cannot."""
     prediction = Prediction()
     if cold is not None:
-        forward = model.speedup(model.sequential(), model.newton(cold))
+        forward = model.sequential().time / model.newton(cold).time
         prediction = prediction._replace(speedup_forward=forward)
     if not model.fits():
         return prediction
     slow = model.sequential_gradient()
     fast = model.in_sequence() + model.gradient()
-    prediction = prediction._replace(
-        speedup_sequential_forward=model.speedup(slow, fast)
-    )
+    prediction = prediction._replace(speedup_sequential_forward=slow.time / fast.time)
     if warm is None:
         return prediction
     fast = model.newton(warm) + model.gradient()
     return prediction._replace(
         work_ratio=fast.work / slow.work,
         depth_ratio=fast.depth / slow.depth,
-        speedup_gradient=model.speedup(slow, fast),
+        speedup_gradient=slow.time / fast.time,
     )
