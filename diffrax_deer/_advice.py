@@ -9,7 +9,7 @@ from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConsta
 from ._newton import SequentialForward
 from ._solver import DEERSolver
 
-# From here on rounding errors grow so much that Newton's method has to go step by step.
+# From here on small errors grow so much that Newton's method goes step by step.
 MANY_LYAPUNOV_TIMES = 10
 # Below it what can be gained is lost again to compiling, whatever the model says.
 FEW_STEPS = 32
@@ -185,12 +185,13 @@ def _why(advice: Advice) -> list[str]:
     if advice.chaotic:
         reasons.append(
             f"The problem is chaotic over {advice.lyapunov_times:.0f} Lyapunov times: "
-            "Newton's method is right but slow, steps in sequence are better, and "
-            "gradients grow beyond use."
+            "Newton's method is right but slow, steps in sequence are better, and the "
+            f"gradient grows by a factor of e**{advice.lyapunov_times:.0f}."
         )
     elif advice.cold_iterations is None or advice.warm_iterations is None:
         reasons.append(
-            "Newton's method failed, took more than 200 iterations, or was not tried."
+            "Newton's method failed, took more than 200 iterations, or was not tried; "
+            "where only the warm start failed, the steps do not suit other solutions."
         )
     if not parallel and advice.num_steps < FEW_STEPS:
         reasons.append(
@@ -246,7 +247,11 @@ def _rows(advice: Advice) -> list[tuple[str, str]]:
     """What `str` shows above the recommendation."""
     device = f"{advice.platform}, {advice.num_cores} cores"
     steps = f"{_name(advice.sequential_solver)} makes {advice.num_steps} steps"
-    caveat = "" if abs(advice.lyapunov_times) > 1 else " (too short to tell chaos)"
+    caveat = (
+        ""
+        if abs(advice.lyapunov_times) > 1
+        else " (below 1: no chaos, or too short to tell)"
+    )
     return [
         (
             "problem",

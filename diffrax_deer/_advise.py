@@ -94,7 +94,7 @@ def advise(
     for terms with noise, and inside of `jax.jit`, where nothing can be measured;
     `RuntimeError` if the sequential solver does not come from `t0` to `t1`.
 
-    **Cost:** compiles four or five solves, which takes 5 to 20 seconds; memory O(N D²)
+    **Cost:** compiles four to six solves, which takes 5 to 30 seconds; memory O(N D²)
     for N steps and D ≤ 16 real components, O(N D) for D > 64.
     """
     problem = Problem(terms, t0, t1, y0, args)
@@ -125,7 +125,10 @@ def advise(
     cold, warm = _iterations(problem, deer, grid, chaotic)
     prediction = predict(model, cold, warm)
     best = None
-    if solve.num_steps >= FEW_STEPS:
+    # `StepTo` allows all iterations that there can be: if it fails, then since the
+    # steps suit one solution only.
+    suits_one_only = _num_windows(grid) > 1 and warm is None
+    if solve.num_steps >= FEW_STEPS and not suits_one_only:
         newton = None if chaotic else prediction.speedup_gradient
         best = _best(deer, newton, prediction.speedup_sequential_forward)
     pid = diffrax.PIDController(rtol=rtol, atol=atol)
