@@ -6,6 +6,8 @@ Newton's method on a whole trajectory (DEER, arXiv:2309.12252) inside diffrax.
 import importlib.metadata
 
 from ._adjoint import DEERAdjoint as DEERAdjoint
+from ._advice import Advice as Advice
+from ._advise import advise as advise
 from ._affine_scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,

@@ -1,0 +1,207 @@
+r"""What a solve costs in sequence and in parallel: a model, right to a factor of three.
+
+Two things take time: what has to wait for something else, the *depth*, and all there is
+to compute, the *work*. Both are in microseconds here, and their sum is the time. For N
+steps of S evaluations of a field of D components, M steps of the grid solved in
+parallel, B samples, which cost no depth, and e the work of one evaluation:
+
+| | depth | work for each step and sample |
+| --- | --- | --- |
+| sequential | c N S | S e + some D |
+| its value and gradient | 20 c N S | 6 S e + more D |
+| one Newton iteration | i + scan | S e + transition + scan |
+| `SequentialForward` | c M times 2, or S if implicit | S e |
+| gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
+
+The latencies c and i are properties of the device, and so are the operations done in a
+microsecond. Memory traffic counts as 60 operations for every number written. A scan of
+M steps is done in sequence on a CPU and has a depth of i log2(M) elsewhere, where it
+multiplies matrices.
+
+Fitted to value and gradient, and to solves without, of a FitzHugh-Nagumo oscillator
+(batch 1, 64 and 1000) and of small neural ODEs (1 to 512), and Robertson's
+problem (1 and 32), on two CPU cores. Those of other devices are guesses.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import numpy as np
+
+from ._linearization import (
+    AbstractLinearization,
+    DiagonalJacobian,
+    Picard,
+    PiecewiseConstant,
+)
+
+_TRAFFIC = 60
+# Beside the field: error estimate, controller, and in a gradient the checkpoints.
+_BOOKKEEPING, _BOOKKEEPING_OF_GRADIENT = 1500, 12_000
+_PRODUCTS_OF_EXPM = 8
+# A small matrix is factorized for about as long, whatever its size.
+_LINEAR_SOLVE = 12_500
+_TANGENT = 0.4
+# 4 GiB in single precision.
+_MOST_ENTRIES = 2**30
+
+
+class Device(NamedTuple):
+    """Microseconds of one evaluation, of one Newton iteration, of one call of a solve.
+
+    And the operations done in a microsecond, if there is enough to do.
+    """
+
+    evaluation: float
+    iteration: float
+    call: float
+    throughput: float
+
+
+_CPU = Device(0.2, 8, 30, 25_000)
+_ACCELERATOR = Device(20, 200, 200, 2_000_000)
+
+
+class Effort(eqx.Module):
+    """Depth and work, in microseconds."""
+
+    depth: float
+    work: float
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(self.depth + other.depth, self.work + other.work)
+
+    @property
+    def time(self) -> float:
+        """Both together."""
+        return self.depth + self.work
+
+
+class CostModel(eqx.Module):
+    """The model, for one problem on one platform.
+
+    - `num_steps`, `grid_steps`: of the sequential and of the parallel solve, N and M.
+    - `stages`: evaluations of the field in one step, S.
+    - `implicit`: whether these are in loops, which cannot be unrolled.
+    - `flops`: operations of one evaluation.
+    - `state_size`, `batch_size`: D and B.
+    - `linearization`: of the Newton iteration.
+    - `platform`: as `jax.default_backend()` names it.
+    """
+
+    num_steps: int
+    grid_steps: int
+    stages: float
+    implicit: bool
+    flops: float
+    state_size: int
+    batch_size: int
+    linearization: AbstractLinearization
+    platform: str
+
+    @property
+    def _device(self) -> Device:
+        return _CPU if self.platform == "cpu" else _ACCELERATOR
+
+    @property
+    def _step(self) -> float:
+        """Operations of one step."""
+        size = self.state_size
+        evaluation = self.flops + _TRAFFIC * size
+        if self.implicit:
+            evaluation += _TANGENT * size * self.flops + _LINEAR_SOLVE + size**3
+        return self.stages * evaluation
+
+    def _effort(self, depth: float, num_steps: int, work: float) -> Effort:
+        work = work * num_steps * self.batch_size / self._device.throughput
+        return Effort(depth + self._device.call, work)
+
+    def _scan(self, diagonal: bool) -> tuple[float, float]:
+        """Depth of the affine recurrence, and operations of one of its steps."""
+        size = self.state_size
+        if self.platform == "cpu":
+            return self.grid_steps / 100, 2 * (size if diagonal else size**2)
+        depth = self._device.iteration / 10 * np.log2(self.grid_steps + 1)
+        return float(depth), 4 * (size if diagonal else size**3)
+
+    def _transition(self) -> float:
+        """Operations of one transition."""
+        size, kind = self.state_size, type(self.linearization)
+        if kind is Picard:
+            return 0.0
+        if kind is PiecewiseConstant:
+            product = 2 * size**3 + _TRAFFIC * size**2
+            tangents = _TANGENT * size * self.flops
+            return tangents + _PRODUCTS_OF_EXPM * product
+        return _TANGENT * size * self._step
+
+    def sequential(self) -> Effort:
+        """The forward solve by the sequential solver."""
+        depth = self._device.evaluation * self.num_steps * self.stages
+        work = self._step + _BOOKKEEPING * self.state_size
+        return self._effort(depth, self.num_steps, work)
+
+    def sequential_gradient(self) -> Effort:
+        """Value and gradient of the sequential solver."""
+        depth = 20 * self._device.evaluation * self.num_steps * self.stages
+        work = 6 * self._step + _BOOKKEEPING_OF_GRADIENT * self.state_size
+        return self._effort(depth, self.num_steps, work)
+
+    def newton(self, iterations: int) -> Effort:
+        """The forward solve by Newton's method."""
+        diagonal = type(self.linearization) in (DiagonalJacobian, Picard)
+        depth, work = self._scan(diagonal)
+        depth += self._device.iteration
+        if self.implicit:
+            depth += self._device.evaluation * self.stages
+        work += self._step + self._transition()
+        return self._effort(iterations * depth, self.grid_steps, iterations * work)
+
+    def in_sequence(self) -> Effort:
+        """The forward solve by `SequentialForward`."""
+        depth = self._device.evaluation * (self.stages if self.implicit else 2)
+        return self._effort(depth * self.grid_steps, self.grid_steps, self._step)
+
+    def gradient(self) -> Effort:
+        """What `DEERAdjoint` adds to a forward solve."""
+        depth, work = self._scan(False)
+        depth += 6 * self._device.iteration
+        # An implicit step is differentiated at its solution, whatever led to that.
+        work += self._step * (3 if self.implicit else 5 + 2 * self.state_size)
+        return self._effort(depth, self.grid_steps, work)
+
+    def fits(self) -> bool:
+        """Whether there is memory for the Jacobians that a gradient needs."""
+        entries = self.grid_steps * self.batch_size * self.state_size**2
+        return entries <= _MOST_ENTRIES
+
+
+class Prediction(NamedTuple):
+    """Relative to the sequential solver; the fields are those of `Advice`."""
+
+    work_ratio: float | None = None
+    depth_ratio: float | None = None
+    speedup_forward: float | None = None
+    speedup_gradient: float | None = None
+    speedup_sequential_forward: float | None = None
+
+
+def predict(model: CostModel, cold: int | None, warm: int | None) -> Prediction:
+    """What the model says, given the Newton iterations; `None` where it cannot."""
+    prediction = Prediction()
+    if cold is not None:
+        forward = model.sequential().time / model.newton(cold).time
+        prediction = prediction._replace(speedup_forward=forward)
+    if not model.fits():
+        return prediction
+    slow = model.sequential_gradient()
+    fast = model.in_sequence() + model.gradient()
+    prediction = prediction._replace(speedup_sequential_forward=slow.time / fast.time)
+    if warm is None:
+        return prediction
+    fast = model.newton(warm) + model.gradient()
+    return prediction._replace(
+        work_ratio=fast.work / slow.work,
+        depth_ratio=fast.depth / slow.depth,
+        speedup_gradient=slow.time / fast.time,
+    )
