@@ -35,8 +35,11 @@ from ._custom_types import State, States
 from ._linearization import AbstractLinearization, StepMap
 from ._predictor import AbstractPredictor, hold
 
-# How much a residual may grow in one iteration before the guess is given up.
-_MAX_GROWTH = 10
+# How much a residual may grow in one iteration before the guess is given up; and what
+# part of the largest one before it does not count as growth.
+_MAX_GROWTH, _FLOOR = 10, 0.1
+# By what factor the rate of convergence is distrusted.
+_CAUTION = 10
 
 
 class Statistics(eqx.Module):
@@ -104,8 +107,8 @@ class NewtonIteration(eqx.Module):
 
     `rtol` and `atol` bound the residual of each step and the estimate of its error,
     relative to the norm of the state. The estimate is the last update, or less if the
-    updates have been shrinking: by the rate at which they did, as is usual for
-    simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section IV.8).
+    updates have been shrinking: by ten times the rate at which they did, as is usual
+    for simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section IV.8).
 
     `window` is the number of steps that are looked at at once, all of them if `None`.
     """
@@ -163,7 +166,9 @@ class NewtonIteration(eqx.Module):
         ys = jnp.where(first[:, None], images, window.ys + updates)
 
         tolerance, sizes = self._tolerance(before, window.ys), _norm(residuals)
-        good = sizes <= _MAX_GROWTH * jnp.maximum(window.residuals, tolerance)
+        # Where the guess was right but began elsewhere, residuals were zero.
+        old = jnp.maximum(window.residuals, tolerance)
+        good = sizes <= _MAX_GROWTH * jnp.maximum(old, _FLOOR * lax.cummax(old))
         good = jnp.all(jnp.isfinite(ys), axis=-1) & (good | first)
         num_trusted = _prefix(good)
         trusted = index < num_trusted
@@ -172,8 +177,9 @@ class NewtonIteration(eqx.Module):
         known = (changes > 0) & jnp.isfinite(window.changes)
         changes = jnp.where(changes > 0, changes / tolerance, 0.0)
         rate = jnp.where(known, changes / window.changes, 1.0)
-        # What is left of a geometric series; a slow one is not relied on.
-        errors = changes * jnp.where(rate < 0.5, rate / (1 - rate), 1.0)
+        # What is left of a geometric series, if that is far less than the last term.
+        left = _CAUTION * rate / (1 - jnp.minimum(rate, 0.5))
+        errors = changes * jnp.minimum(left, 1.0)
         unless_trusted = lambda x: jnp.where(trusted, x, jnp.inf)
         return _Window(
             jnp.where(trusted[:, None], ys, window.ys),

@@ -85,7 +85,8 @@ class CoarsePredictor(AbstractPredictor):
     def __call__(self, step_map, y0, xs, ys, num_known):
         ys, num_steps = hold(y0, ys, num_known), len(ys)
         leap, stride = step_map.leap, min(self.stride, num_steps)
-        if leap is None:
+        # A single step is exact after one iteration, whatever its guess was.
+        if leap is None or num_steps == 1:
             return ys
         num_leaps = -(-num_steps // stride)
         # The last step stands in for those that complete the last leap.

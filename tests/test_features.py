@@ -12,6 +12,7 @@ import pytest
 
 from diffrax_deer import (
     AssociativeScan,
+    ConstantPredictor,
     DEERSolver,
     ExponentialRosenbrockEuler,
     FullJacobian,
@@ -254,11 +255,12 @@ def test_a_solver_of_split_terms_needs_the_full_jacobian():
         ).ys
     )
     solver = diffrax.SemiImplicitEuler()
-    parallel = DEERSolver(solver, num_steps=20, linearization=FullJacobian())
     grid = diffrax.StepTo(jnp.linspace(0.0, 2.0, 21))
+    parallel = DEERSolver(solver, num_steps=20)
     _assert_equal(run(parallel, WholeInterval()), run(solver, grid))
+    parallel = DEERSolver(solver, num_steps=20, linearization=PiecewiseConstant())
     with pytest.raises(TypeError, match=r"Use `FullJacobian\(\)`"):
-        run(DEERSolver(solver, num_steps=20), WholeInterval())
+        run(parallel, WholeInterval())
 
 
 def test_vmap_over_everything_equals_one_by_one_with_the_associative_scan():
@@ -295,7 +297,7 @@ def test_a_warm_start_needs_fewer_iterations_and_gives_the_same_answer():
     @jax.jit
     def run(y0, state):
         return _solve(
-            DEERSolver(num_steps=100),
+            DEERSolver(num_steps=100, predictor=ConstantPredictor()),
             WholeInterval(),
             t1=6.0,
             y0=y0,
@@ -310,7 +312,7 @@ def test_a_warm_start_needs_fewer_iterations_and_gives_the_same_answer():
     reference = run(y0 * (1 + 1e-4), None)
     assert int(cold.solver_state.num_iterations) > 6
     assert int(again.solver_state.num_iterations) == 1
-    assert int(moved.solver_state.num_iterations) <= 5
+    assert int(moved.solver_state.num_iterations) <= 4
     _assert_equal(moved.ys, reference.ys)
     _assert_equal(again.ys, cold.ys)
 
@@ -330,7 +332,7 @@ def test_any_path_is_a_guess_in_the_users_own_time(backward):
             saveat=diffrax.SaveAt(dense=True),
         )
         solve = lambda guess: _solve(
-            DEERSolver(num_steps=60, guess=guess),
+            DEERSolver(num_steps=60, guess=guess, predictor=ConstantPredictor()),
             WholeInterval(),
             t0=t0,
             t1=t1,

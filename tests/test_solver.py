@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 
 from diffrax_deer import (
+    ConstantPredictor,
     DEERSolver,
     ExponentialRosenbrockEuler,
     FullJacobian,
@@ -140,7 +141,12 @@ def test_the_scheme_of_the_paper_is_exact_on_linear_equations_in_one_iteration(s
     y0 = jnp.array([1.0, 2.0])
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: args[0] @ y + args[1]),
-        DEERSolver(ExponentialRosenbrockEuler(), num_steps=7, max_iterations=1),
+        DEERSolver(
+            ExponentialRosenbrockEuler(),
+            num_steps=7,
+            max_iterations=1,
+            predictor=ConstantPredictor(),
+        ),
         0.0,
         2.0,
         None,

@@ -154,9 +154,7 @@ PROBLEMS = {
         "Robertson, T = 1e5", _robertson, (1.0, 0.0, 0.0), 1e5, None, True
     ),
     "hires": Problem("HIRES", _hires, _HIRES, 321.8122, None, True),
-    "two_body": Problem(
-        "two bodies, 1.6 orbits", _two_body, (1.0, 0.0, 0.0, 1.1), 10.0, 256
-    ),
+    "two_body": Problem("two bodies, T = 6", _two_body, (1.0, 0.0, 0.0, 1.1), 6.0, 256),
     "near_collision": Problem(
         "two bodies, near collision", _two_body, (1.0, 0.0, 0.0, 0.3), 3.0, 2048
     ),
