@@ -4,11 +4,11 @@ Blocks are sets of components of the state, of size at most b. The tangent numbe
 the sum of the j-th unit vectors of all blocks, so that b tangents of the step give all
 blocks $B_g$ of its Jacobian, however many there are:
 
-$$J \sum_g s_g\, e_{g,j}, \quad\text{of which block } g \text{, times } s_g, \text{ is }\
-B_g e_j + \sum_{g' \ne g} s_g s_{g'} J_{g g'} e_j.$$
+$$s_g \Bigl(J \sum_{g'} s_{g'}\, e_{g',j}\Bigr)_g
+  = B_g e_j + \sum_{g' \ne g} s_g s_{g'} J_{g g'} e_j.$$
 
-The sum is zero where blocks do not couple. Otherwise it is an error, but with signs
-$s_g$ drawn at random its mean is zero: an unbiased estimate of the blocks, as
+The last sum is zero where blocks do not couple. Otherwise it is an error, but with
+signs $s_g$ drawn at random its mean is zero: an unbiased estimate of the blocks, as
 Hutchinson's is one of the diagonal.
 """
 
@@ -26,8 +26,8 @@ from ._linearization import (
 )
 
 _NO_LEAVES_MSG = (
-    "`BlockDiagonalJacobian` makes its blocks from the leaves of `y0`, but the state of "
-    "this recurrence is a vector that has none. Pass `block_size=`."
+    "`BlockDiagonalJacobian` makes its blocks from the leaves of `y0`, but the state "
+    "of this recurrence is a vector that has none. Pass `block_size=`."
 )
 
 
