@@ -1,0 +1,190 @@
+"""Recurrences known by their products, against a loop over the matrices."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffrax_deer._affine_scan import shift
+from diffrax_deer._matrix_free import matrix_free_recurrence, sweeps
+
+from .helpers import relative_error, scans
+
+each_scan = pytest.mark.parametrize(
+    "scan",
+    [scans["sequential"], scans["associative"]],
+    ids=["sequential", "associative"],
+)
+
+_STEPS, _STATE = 40, 4
+
+
+def _problem(dtype=jnp.float64, size=1.0):
+    """Matrices of about that size, and an inhomogeneity."""
+    rng = np.random.default_rng(0)
+    j = size * rng.normal(size=(_STEPS, _STATE, _STATE)) / np.sqrt(_STATE)
+    b = rng.normal(size=(_STEPS, _STATE))
+    return jnp.asarray(j, dtype), jnp.asarray(b, dtype)
+
+
+def _approximations(j) -> dict[str, jax.Array]:
+    """Transitions good and bad."""
+    diagonal = jnp.diagonal(j, axis1=1, axis2=2)
+    blocks = [j[:, :2, :2], j[:, 2:, 2:]]
+    return {
+        "exact": j,
+        "blocks": jnp.stack(blocks, axis=1),
+        "diagonal": diagonal,
+        "identity": jnp.ones_like(diagonal),
+        "nothing": jnp.zeros_like(diagonal),
+        "exploding": -1e3 * jnp.ones_like(diagonal),
+        "overflowing": 1e30 * j,
+        "nonfinite": diagonal.at[3].set(jnp.nan).at[7, 1].set(jnp.inf),
+    }
+
+
+def _multiply(j, v):
+    return jnp.einsum("nij,nj->ni", j, v, precision="highest")
+
+
+def _loop(j, b) -> np.ndarray:
+    """The definition."""
+    j, b = np.asarray(j, np.float64), np.asarray(b, np.float64)
+    v, out = np.zeros(b.shape[1:]), []
+    for matrix, inhomogeneity in zip(j, b, strict=True):
+        v = matrix @ v + inhomogeneity
+        out.append(v)
+    return np.stack(out)
+
+
+def _per_step(got, expected) -> float:
+    """The largest error of any step, relative to that step."""
+    expected = np.asarray(expected, np.float64)
+    errors = np.max(np.abs(np.asarray(got, np.float64) - expected), axis=1)
+    return float(np.max(errors / np.max(np.abs(expected), axis=1)))
+
+
+@each_scan
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float64, 1e-10), (jnp.float32, 1e-4)]
+)
+def test_the_solution_does_not_depend_on_the_transitions(scan, dtype, tolerance):
+    @jax.jit
+    def compute(j, b):
+        product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
+        approximations = _approximations(j)
+        return {k: sweeps(product, a, b, scan) for k, a in approximations.items()}
+
+    # The solution decays, stays, and grows by 2**40 at least.
+    for size in (0.1, 1.0, 4.0):
+        j, b = _problem(dtype, size)
+        expected = _loop(j, b)
+        for name, (v, num_sweeps) in compute(j, b).items():
+            assert v.dtype == dtype
+            assert _per_step(v, expected) < tolerance, (name, size)
+            assert 1 <= num_sweeps <= _STEPS
+            assert num_sweeps <= 3 or name != "exact"
+
+
+@each_scan
+def test_derivatives_are_those_of_the_loop(scan):
+    j, b = _problem()
+    rng = np.random.default_rng(1)
+    j_dot, b_dot, weight = (jnp.asarray(rng.normal(size=x.shape)) for x in (j, b, b))
+
+    def plain(j, b):
+        def step(v, jb):
+            v = jnp.sum(jb[0] * v[None], axis=1) + jb[1]
+            return v, v
+
+        return jax.lax.scan(step, jnp.zeros(_STATE), (j, b))[1]
+
+    def own(j, b):
+        # Transitions that follow j, but not in its derivative.
+        transitions = jnp.diagonal(jax.lax.stop_gradient(j), axis1=1, axis2=2)
+        return matrix_free_recurrence(
+            ft.partial(_multiply, j), transitions, b, scan=scan
+        )
+
+    def derivatives(solve):
+        loss = lambda *args: jnp.sum(weight * jnp.sin(solve(*args)))
+        grad = jax.grad(loss, argnums=(0, 1))
+        dot = lambda *args: sum(
+            jnp.vdot(x, y) for x, y in zip(grad(*args), (j_dot, b_dot), strict=True)
+        )
+
+        @jax.jit
+        def compute(j, b):
+            pushed = jax.jvp(solve, (j, b), (j_dot, b_dot))
+            forward_over_reverse = jax.jvp(grad, (j, b), (j_dot, b_dot))
+            return pushed, forward_over_reverse, jax.grad(dot, argnums=(0, 1))(j, b)
+
+        return compute(0.7 * j, b)
+
+    assert relative_error(derivatives(own), derivatives(plain)) < 1e-9
+
+
+def test_recurrences_of_a_batch_are_solved_one_by_one():
+    j, b = _problem()
+    factors = jnp.array([0.1, 1.0, 4.0])
+
+    @jax.jit
+    @jax.vmap
+    def compute(factor):
+        product = ft.partial(_multiply, factor * j)
+        transitions = factor * jnp.diagonal(j, axis1=1, axis2=2)
+        scan = scans["sequential"]
+        solve = lambda b: matrix_free_recurrence(product, transitions, b, scan=scan)
+        return solve(b), jax.linear_transpose(solve, b)(b)[0]
+
+    values, transposed = compute(factors)
+    for factor, value, back in zip(factors, values, transposed, strict=True):
+        assert _per_step(value, _loop(factor * j, b)) < 1e-10
+        # The transpose runs backwards, and the first matrix has nothing to act on.
+        following = np.concatenate([factor * j[1:], np.zeros_like(j[:1])])
+        reverse = np.swapaxes(following, 1, 2)[::-1]
+        assert _per_step(back[::-1], _loop(reverse, b[::-1])) < 1e-10
+
+
+def test_what_overflows_is_not_finite_and_ends():
+    # As it would be by a loop; the steps before it are right.
+    j, b = _problem()
+    product = lambda v: _multiply(1e25 * j, shift(jnp.zeros_like(v[0]), v))
+    transitions = jnp.zeros_like(b)
+    v, num_sweeps = jax.jit(
+        lambda: sweeps(product, transitions, b, scans["sequential"])
+    )()
+    expected = _loop(1e25 * j[:13], b[:13])
+    assert np.all(np.isfinite(expected))
+    assert _per_step(v[:12], expected[:12]) < 1e-10
+    assert not np.any(np.all(np.isfinite(v[13:]), axis=1))
+    assert num_sweeps < 20
+
+
+def test_nothing_to_solve_for_takes_one_sweep():
+    j, b = _problem(size=1e3)
+    v, num_sweeps = sweeps(
+        lambda v: _multiply(j, v), 1e3 * b, 0 * b, scans["associative"]
+    )
+    np.testing.assert_array_equal(v, 0 * b)
+    assert num_sweeps == 1
+
+
+def test_good_transitions_need_few_sweeps():
+    # A differential equation on a fine grid: the identity is good, the diagonal better.
+    j, b = _problem(size=0.5 / _STEPS)
+    eye = jnp.eye(_STATE)[None]
+    j = eye + 4 * j * eye + j
+
+    @jax.jit
+    def count(j):
+        product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
+        approximations = _approximations(j)
+        run = lambda a: sweeps(product, a, b, scans["sequential"])[1]
+        return {k: run(approximations[k]) for k in ("exact", "diagonal", "identity")}
+
+    counts = count(j)
+    assert counts["exact"] <= 3 < counts["diagonal"]
+    assert counts["diagonal"] <= counts["identity"] < 20
