@@ -13,14 +13,17 @@ Its error operator is nilpotent, whatever A is: each sweep makes one more step e
 That alone would not survive rounding and overflow, so that it is enforced, as in the
 iteration for the nonlinear recurrence:
 
-1. the leading steps whose residual and update are below tolerance are final: they are
-   left as they were measured;
-2. the first step that is not takes its exact value, $J_n v_{n-1} + b_n$, and is final
-   from then on: N sweeps suffice;
+1. a step whose update and residual, and those of all steps before it, are below
+   tolerance is final, and not touched again once it has been updated;
+2. the first step that is not yet final takes its exact value, $J_n v_{n-1} + b_n$, and
+   is final too: after N sweeps all are;
 3. from the first value that is not finite on, v is reset to zero; unless that value is
    exact, then the solution overflows, and is NaN from there on.
 
-The number of sweeps depends on A, the result does not. The transposed system is one of
+What is returned has been measured: where the last update of a final step has moved a
+residual above the tolerance, the sweeps go on from there, and now leave final steps as
+they were measured. The number of sweeps, at most 2 N + 2, depends on A, the result does
+not. The transposed system is one of
 the same kind in reversed time.
 """
 
@@ -62,15 +65,15 @@ def sweeps(
 
     **Returns:** the solution and the number of sweeps it took. Not differentiable.
     """
-    num_steps, zero = len(b), jnp.zeros_like(b[0])
-    index = jnp.arange(num_steps)
+    num_steps, index = len(b), jnp.arange(len(b))
     axes = tuple(range(1, transitions.ndim))
     usable = jnp.all(jnp.isfinite(transitions), axis=axes)
 
     def sweep(carry):
-        v, num_final, num_sweeps = carry
+        v, num_final, strict, _, num_sweeps = carry
         images = product(v) + b
-        residuals = jnp.where((index < num_final)[:, None], zero, images - v)
+        is_final = (index < num_final)[:, None]
+        residuals = jnp.where(is_final, 0.0, images - v)
         # Final steps have no update to carry on, and must not be reached by overflow.
         carries = jnp.expand_dims(usable & (index > num_final), axes)
         updates = scan(jnp.where(carries, transitions, 0.0), residuals)
@@ -78,20 +81,36 @@ def sweeps(
         new = jnp.where((index == num_final)[:, None], images, v + updates)
 
         finite = jnp.all(jnp.isfinite(new), axis=-1)
+        tolerance = _tolerance(v, b)
         change = jnp.maximum(_norm(updates), _norm(residuals))
-        num_small = _prefix(finite & (change <= _tolerance(v, b)))
-        new = jnp.where((index < num_small)[:, None], v, new)
-        num_finite = _prefix(finite)
+        num_finite, num_small = _prefix(finite), _prefix(finite & (change <= tolerance))
+        num_measured = _prefix(_norm(images - v) <= tolerance)
         # The exact value itself is not finite: nor is what follows.
-        lost = num_finite <= num_final
+        lost = num_finite <= jnp.minimum(num_final, num_steps - 1)
+        done = (num_small == num_steps) & (strict | (num_measured == num_steps))
+        keep = done | (strict & (index < num_small))
         rest = jnp.where(lost, jnp.nan, 0.0).astype(v.dtype)
         new = jnp.where((index < num_finite)[:, None], new, rest)
-        num_final = jnp.where(lost, num_steps, jnp.maximum(num_small, num_final + 1))
-        return new, num_final, num_sweeps + 1
+        new = jnp.where(keep[:, None], v, new)
+        # All are final, but the last update has made some worse.
+        reopen = num_final == num_steps
+        num_final = jnp.maximum(num_small, num_final + 1)
+        num_final = jnp.where(reopen, num_measured, jnp.minimum(num_final, num_steps))
+        return new, num_final, strict | reopen, done | lost, num_sweeps + 1
 
-    init = jnp.zeros_like(b), jnp.array(0, int), jnp.array(0, int)
-    v, _, num_sweeps = lax.while_loop(lambda carry: carry[1] < num_steps, sweep, init)
+    zero, false = jnp.array(0, int), jnp.array(False)
+    init = jnp.zeros_like(b), zero, false, false, zero
+    v, *_, num_sweeps = lax.while_loop(lambda carry: ~carry[3], sweep, init)
     return v, num_sweeps
+
+
+def reverse(
+    product: Callable[[States], States], transitions: Transitions, c: States
+) -> tuple[Callable[[States], States], Transitions, States]:
+    """The transposed system, as what `sweeps` solves, in reversed time."""
+    pull = jax.linear_transpose(product, c)
+    backwards = lambda v: pull(v[::-1])[0][::-1]
+    return backwards, transpose(transitions, c)[::-1], c[::-1]
 
 
 def matrix_free_recurrence(
@@ -130,9 +149,6 @@ def matrix_free_recurrence(
         return sweeps(shifted, transitions, b, scan)[0]
 
     def transpose_solve(_, c):
-        pull = jax.linear_transpose(shifted, c)
-        backwards = lambda v: pull(v[::-1])[0][::-1]
-        v, _ = sweeps(backwards, transpose(transitions, c)[::-1], c[::-1], scan)
-        return v[::-1]
+        return sweeps(*reverse(shifted, transitions, c), scan)[0][::-1]
 
     return lax.custom_linear_solve(lambda v: v - shifted(v), b, solve, transpose_solve)

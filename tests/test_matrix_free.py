@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer._affine_scan import shift
-from diffrax_deer._matrix_free import matrix_free_recurrence, sweeps
+from diffrax_deer._affine_scan import AbstractScan, shift
+from diffrax_deer._matrix_free import matrix_free_recurrence, reverse, sweeps
 
 from .helpers import relative_error, scans
 
@@ -84,8 +84,27 @@ def test_the_solution_does_not_depend_on_the_transitions(scan, dtype, tolerance)
         for name, (v, num_sweeps) in compute(j, b).items():
             assert v.dtype == dtype
             assert _per_step(v, expected) < tolerance, (name, size)
-            assert 1 <= num_sweeps <= _STEPS
+            assert 1 <= num_sweeps <= _STEPS + 1
             assert num_sweeps <= 3 or name != "exact"
+
+
+class _Unguarded(AbstractScan):
+    """All products of transitions, whether there is anything to multiply or not."""
+
+    def __call__(self, a, b, *, reverse=False):
+        compose = lambda left, right: (
+            right[0] * left[0],
+            right[0] * left[1] + right[1],
+        )
+        return jax.lax.associative_scan(compose, (a, b), reverse=reverse)[1]
+
+
+def test_products_that_overflow_do_not_reach_final_steps():
+    j, b = _problem()
+    product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
+    transitions = jnp.full_like(b, -1e100)
+    v, _ = jax.jit(lambda: sweeps(product, transitions, b, _Unguarded()))()
+    assert _per_step(v, _loop(j, b)) < 1e-10
 
 
 @each_scan
@@ -172,19 +191,54 @@ def test_nothing_to_solve_for_takes_one_sweep():
     assert num_sweeps == 1
 
 
+def _oscillator(num_steps):
+    """Rotations by a small angle, a step in time each, for which the identity is good.
+
+    Many of them: errors add up.
+    """
+    turn = 6 / num_steps * np.array([[0.0, 1.0], [-1.0, 0.0]])
+    j = jnp.broadcast_to(jnp.eye(2) + jnp.asarray(turn), (num_steps, 2, 2))
+    b = jnp.zeros((num_steps, 2)).at[0].set(1.0)
+    return j, b, lambda v: _multiply(j, shift(jnp.zeros(2), v))
+
+
+def test_what_is_returned_has_been_measured():
+    # Second sweep: steps 0 to 2 are final, since they hardly change. But the change of
+    # step 1, unforeseen by the transition, moves step 2 by a thousand times as much.
+    j = jnp.array([0.0, 1 + 1e-12, 1e3, 1.0]).reshape(4, 1, 1)
+    a = jnp.array([0.0, 1.0, 0.0, 0.0])[:, None]
+    b = jnp.array([1.0, -1.0, 1.0, 1.0])[:, None]
+    product = lambda v: _multiply(j, shift(jnp.zeros(1), v))
+    v, num_sweeps = sweeps(product, a, b, scans["sequential"])
+    assert relative_error(v[2], np.array([1 + 1e-9])) < 1e-12
+    assert num_sweeps <= 2 * 4 + 2
+
+
 def test_good_transitions_need_few_sweeps():
-    # A differential equation on a fine grid: the identity is good, the diagonal better.
-    j, b = _problem(size=0.5 / _STEPS)
-    eye = jnp.eye(_STATE)[None]
-    j = eye + 4 * j * eye + j
+    j, b, product = _oscillator(4000)
+    identity, expected = jnp.ones_like(b), _loop(j, b)
+    # No others have to wait for a step that cannot be used; those that overflow hold
+    # up the sweeps until they are final, and then it is over.
+    unusable = identity.at[2000].set(jnp.nan)
+    overflowing = identity.at[50:52].set(1e200)
 
     @jax.jit
-    def count(j):
-        product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
-        approximations = _approximations(j)
-        run = lambda a: sweeps(product, a, b, scans["sequential"])[1]
-        return {k: run(approximations[k]) for k in ("exact", "diagonal", "identity")}
+    def compute(transitions):
+        return sweeps(product, transitions, b, scans["sequential"])
 
-    counts = count(j)
-    assert counts["exact"] <= 3 < counts["diagonal"]
-    assert counts["diagonal"] <= counts["identity"] < 20
+    assert compute(j)[1] <= 3
+    for transitions, most in ((identity, 40), (unusable, 45), (overflowing, 60)):
+        v, num_sweeps = compute(transitions)
+        assert _per_step(v, expected) < 1e-11
+        assert 3 < num_sweeps < most
+
+
+def test_the_transposed_system_needs_as_few_sweeps():
+    j, b, _ = _oscillator(400)
+    j = j * jnp.linspace(0.5, 1.5, 400)[:, None, None]
+    product = lambda v: _multiply(j, shift(jnp.zeros(2), v))
+    v, num_sweeps = sweeps(*reverse(product, j, b[::-1]), scans["sequential"])
+    following = np.concatenate([j[1:], np.zeros_like(j[:1])])
+    expected = _loop(np.swapaxes(following, 1, 2)[::-1], b)
+    assert _per_step(v, expected) < 1e-10
+    assert num_sweeps <= 3
