@@ -203,15 +203,20 @@ def _oscillator(num_steps):
 
 
 def test_what_is_returned_has_been_measured():
-    # Second sweep: steps 0 to 2 are final, since they hardly change. But the change of
-    # step 1, unforeseen by the transition, moves step 2 by a thousand times as much.
-    j = jnp.array([0.0, 1 + 1e-12, 1e3, 1.0]).reshape(4, 1, 1)
-    a = jnp.array([0.0, 1.0, 0.0, 0.0])[:, None]
-    b = jnp.array([1.0, -1.0, 1.0, 1.0])[:, None]
-    product = lambda v: _multiply(j, shift(jnp.zeros(1), v))
+    # Second sweep: all but the last step are final, since they hardly change. But the
+    # changes of steps 1 and 6, unforeseen by the transitions, move steps 2 and 7 by a
+    # thousand times as much; once they have followed, so do steps 3 and 4, and 8.
+    j = [0.0, 1 + 1e-12, 1e3, 1e-3, 1e3, 0.0, 1 + 1e-12, 1e3, 1.0, 1.0]
+    a = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    b = [1.0, -1.0, 0.0, 0.0, 0.0, 1.0, -1.0, 0.0, 1.0, 1.0]
+    # The second component is one everywhere: the unit of what is small.
+    j, a = (jnp.stack([jnp.array(x), jnp.zeros(10)], axis=1) for x in (j, a))
+    b = jnp.stack([jnp.array(b), jnp.ones(10)], axis=1)
+    product = lambda v: j * shift(jnp.zeros(2), v)
     v, num_sweeps = sweeps(product, a, b, scans["sequential"])
-    assert relative_error(v[2], np.array([1 + 1e-9])) < 1e-12
-    assert num_sweeps <= 2 * 4 + 2
+    assert np.max(np.abs(product(v) + b - v)) < 3e-12
+    assert abs(v[7, 0] - 1e-9) < 1e-11
+    assert num_sweeps <= 2 * 10 + 2
 
 
 def test_good_transitions_need_few_sweeps():
