@@ -13,6 +13,7 @@ from ._affine_scan import (
     AssociativeScan as AssociativeScan,
     SequentialScan as SequentialScan,
 )
+from ._blocks import BlockDiagonalJacobian as BlockDiagonalJacobian
 from ._controller import WholeInterval as WholeInterval
 from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
 from ._linearization import (

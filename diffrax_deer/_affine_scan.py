@@ -22,16 +22,35 @@ from ._matrix_functions import matmul, matvec
 
 
 def _apply(a: Transition, y: State) -> State:
-    """A dense transition has one axis more than the state, a diagonal one has not."""
-    return a * y if a.ndim == y.ndim else matvec(a, y)
+    """A diagonal transition has the axes of the state, a dense one has one more.
+
+    With two more axes, `(blocks, block, block)`, it is block-diagonal, and the state
+    consists of the blocks one after the other.
+    """
+    if a.ndim == y.ndim:
+        return a * y
+    if a.ndim == y.ndim + 1:
+        return matvec(a, y)
+    return jax.vmap(matvec)(a, y.reshape(a.shape[:2])).reshape(-1)
+
+
+def _multiply(a: Transition, b: Transition, like: State) -> Transition:
+    """The product of two transitions of states `like`."""
+    if a.ndim == like.ndim:
+        return a * b
+    return matmul(a, b) if a.ndim == like.ndim + 1 else jax.vmap(matmul)(a, b)
 
 
 def _compose(left: tuple[Transition, State], right: tuple[Transition, State]):
     """First `left`, then `right`: the order in which a prefix scan combines."""
     (a_left, b_left), (a_right, b_right) = left, right
-    a = a_right * a_left if a_left.ndim == b_left.ndim else matmul(a_right, a_left)
-    # The product of many transitions may overflow where there is nothing to multiply.
-    a_right = jnp.where(b_left == 0, 0.0, a_right)  # the columns, if it is dense
+    a = _multiply(a_right, a_left, b_left)
+    # The product of many transitions may overflow where there is nothing to multiply:
+    # the columns of a matrix, the entries of a diagonal.
+    columns = b_left
+    if a_right.ndim == b_left.ndim + 2:
+        columns = b_left.reshape(a_right.shape[0], 1, a_right.shape[2])
+    a_right = jnp.where(columns == 0, 0.0, a_right)
     return a, _apply(a_right, b_left) + b_right
 
 
@@ -44,7 +63,9 @@ class AbstractScan(eqx.Module):
 
         **Arguments:**
 
-        - `a`: the transitions, `(time, state, state)`, or diagonal `(time, state)`.
+        - `a`: the transitions, `(time, state, state)`, or diagonal `(time, state)`, or
+            block-diagonal `(time, blocks, block, block)` with `blocks * block` equal
+            to `state`.
         - `b`: the inhomogeneity, `(time, state)`.
         - `reverse`: run backwards, `y[n] = a[n] y[n+1] + b[n]`.
 
@@ -56,6 +77,8 @@ class AbstractScan(eqx.Module):
 
 class SequentialScan(AbstractScan):
     """One step after the other, with `jax.lax.scan`: O(N D²) work, depth N.
+
+    O(N D) for diagonal transitions and O(N D b) for blocks of size b.
 
     The best choice on a CPU, where a step costs tens of nanoseconds.
     """
@@ -71,6 +94,8 @@ class SequentialScan(AbstractScan):
 
 class AssociativeScan(AbstractScan):
     """All steps at once, with `jax.lax.associative_scan`: O(N D³) work, depth log N.
+
+    O(N D) for diagonal transitions and O(N D b²) for blocks of size b.
 
     The best choice on a GPU or TPU, where depth is what costs time.
 
@@ -104,6 +129,15 @@ def shift(y0: State, ys: States) -> States:
     return jnp.concatenate([y0[None], ys[:-1]])
 
 
+def transpose(a: Transitions, like: States) -> Transitions:
+    r"""The transitions of the transposed system, $A_{n+1}^\top$ at step n.
+
+    Zero at the last step, which nothing follows. `like` is any inhomogeneity.
+    """
+    following = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
+    return following if a.ndim == like.ndim else jnp.swapaxes(following, -1, -2)
+
+
 def affine_recurrence(
     a: Transitions, b: States, y0: State | None = None, *, scan: AbstractScan
 ) -> States:
@@ -115,7 +149,8 @@ def affine_recurrence(
 
     **Arguments:**
 
-    - `a`: `(time, state, state)`, or `(time, state)` for diagonal matrices.
+    - `a`: `(time, state, state)`, or `(time, state)` for diagonal matrices, or
+        `(time, blocks, block, block)` for block-diagonal ones.
     - `b`: `(time, state)`.
     - `y0`: `(state,)`, zero if omitted.
     - `scan`: an `AbstractScan`.
@@ -133,10 +168,7 @@ def affine_recurrence(
         return y - jax.vmap(_apply)(a, shift(jnp.zeros_like(y[0]), y))
 
     def transpose_solve(_, c):
-        following = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
-        if following.ndim > c.ndim:
-            following = jnp.swapaxes(following, -1, -2)
-        return scan(following, c, reverse=True)
+        return scan(transpose(a, c), c, reverse=True)
 
     return lax.custom_linear_solve(
         residual, b, lambda _, b: scan(a, b), transpose_solve

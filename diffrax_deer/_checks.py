@@ -112,11 +112,12 @@ def check_size(num_steps: int, size: int, linearization: Any) -> None:
     msg = (
         f"The Jacobians of {num_steps} steps with a state of {size} components have "
         f"{num_steps * size**2:.1e} entries, too many to hold. Solve fewer steps "
-        "together, or pass `linearization=DiagonalJacobian()` or "
-        "`linearization=Picard()`, of which the solve holds no such array (its "
-        "derivative does). If this is the backward pass of a `BacksolveAdjoint`, "
-        "whose state contains the gradient, make its steps in sequence, "
-        "`BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` instead."
+        "together, or pass `linearization=DiagonalJacobian()`, "
+        "`BlockDiagonalJacobian(...)` or `Picard()`, with which neither the solve nor "
+        "its derivative holds such an array. If this is the backward pass of a "
+        "`BacksolveAdjoint`, whose state contains the gradient, make its steps in "
+        "sequence, `BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` "
+        "instead."
     )
     raise ValueError(msg)
 

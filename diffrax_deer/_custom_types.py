@@ -18,7 +18,15 @@ Matrix: TypeAlias = Float[Array, "state state"]
 RealScalarLike: TypeAlias = float | int | Array | np.ndarray
 State: TypeAlias = Float[Array, " state"]
 States: TypeAlias = Float[Array, "time state"]
-Transition: TypeAlias = Float[Array, "state state"] | Float[Array, " state"]
-Transitions: TypeAlias = Float[Array, "time state state"] | Float[Array, "time state"]
+Transition: TypeAlias = (
+    Float[Array, "state state"]
+    | Float[Array, " state"]
+    | Float[Array, "blocks block block"]
+)
+Transitions: TypeAlias = (
+    Float[Array, "time state state"]
+    | Float[Array, "time state"]
+    | Float[Array, "time blocks block block"]
+)
 VectorField: TypeAlias = Callable[[State], State]
 Y: TypeAlias = PyTree[Any]

@@ -10,12 +10,16 @@ one more affine recurrence, with the *exact* Jacobian whatever transitions found
 solution. Its transpose is one scan backwards in time and one vectorized VJP: the
 gradient of the discrete solution, at a cost that does not grow with the iterations.
 
+Where the iteration goes without dense transitions because the state is large, so does
+the derivative: its recurrence is then solved by products with the exact Jacobian, to a
+tolerance close to rounding, with the iteration's own transitions for a preconditioner.
+
 The rule calls the solve again, so that it differentiates itself: second derivatives, in
 any order of modes, follow. (Differentiating one more Newton step with a stopped
 Jacobian would give the same gradient and wrong Hessians.)
 """
 
-import functools
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -26,9 +30,19 @@ from jax import lax
 from jaxtyping import PyTree
 
 from ._affine_scan import affine_recurrence, shift
+from ._blocks import BlockDiagonalJacobian, Layout
 from ._custom_types import State, States
-from ._linearization import StepMap, step_jacobian
+from ._linearization import (
+    FullJacobian,
+    PiecewiseConstant,
+    StepMap,
+    step_jacobian,
+)
+from ._matrix_free import matrix_free_recurrence
 from ._newton import AbstractForward, NewtonIteration, Statistics
+
+# Up to this size the Jacobians of all steps are small enough to solve with directly.
+_MOST_DIRECT = 16
 
 
 def linearization_points(
@@ -45,6 +59,37 @@ def linearization_points(
         xs = jax.tree.map(lambda x, i: select(solved, x, i), xs, idle)
     start = lax.stop_gradient(y0)[None]
     return xs, jnp.where(solved[:, None], shift(y0, ys), start)
+
+
+def _constant(tree: PyTree[Any]) -> PyTree[Any]:
+    """`tree` without derivatives."""
+    stop = lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(stop, tree)
+
+
+def _linear_response(
+    step_map: StepMap,
+    points: tuple[PyTree[Any], States],
+    ys: States,
+    inhomogeneity: States,
+    iteration: NewtonIteration,
+) -> States:
+    """Solves `v_n = J_n v_{n-1} + b_n`, J_n the exact Jacobian of the step at `points`.
+
+    By the Jacobians themselves or, where D is large and the iteration has no such array
+    either, by products with them.
+    """
+    xs, starts = points
+    dense = isinstance(iteration.linearization, (FullJacobian, PiecewiseConstant))
+    if dense or ys.shape[1] <= _MOST_DIRECT:
+        jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(xs, starts)
+        return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
+    steps = lambda starts: jax.vmap(step_map.step)(xs, starts)
+    _, product = jax.linearize(steps, starts)
+    linearize = jax.vmap(ft.partial(iteration.linearization, _constant(step_map)))
+    transitions = linearize(*_constant((xs, starts, ys)))
+    scan = iteration.scan
+    return matrix_free_recurrence(product, transitions, inhomogeneity, scan=scan)
 
 
 @eqx.filter_custom_jvp
@@ -65,11 +110,33 @@ def _(primals, tangents, **kwargs):
         return jax.vmap(step_map.step)(*points(y0, xs))
 
     _, inhomogeneity = eqx.filter_jvp(images, primals, tangents)
-    jacobian = functools.partial(step_jacobian, step_map)
-    jacobians = jax.vmap(jacobian)(*points(y0, xs))
-    scan = kwargs["iteration"].scan
-    ys_dot = affine_recurrence(jacobians, inhomogeneity, scan=scan)
+    iteration = kwargs["iteration"]
+    ys_dot = _linear_response(step_map, points(y0, xs), ys, inhomogeneity, iteration)
     return solution, (ys_dot, jax.tree.map(lambda _: None, statistics))
+
+
+def _solve_in_blocks(
+    step_map: StepMap,
+    y0: State,
+    xs: PyTree[Any],
+    guess: States,
+    forward: AbstractForward,
+    iteration: NewtonIteration,
+    idle: PyTree[Any],
+    layout: Layout,
+) -> tuple[States, Statistics]:
+    """`solve` for the state in another order, in which its blocks are contiguous."""
+    blocks = BlockDiagonalJacobian(block_size=layout.block_size)
+    ys, statistics = solve(
+        layout.arranged(step_map),
+        layout.arrange(y0),
+        xs,
+        jax.vmap(layout.arrange)(guess),
+        forward,
+        eqx.tree_at(lambda i: i.linearization, iteration, blocks),
+        idle,
+    )
+    return jax.vmap(layout.restore)(ys), statistics
 
 
 def solve(
@@ -100,12 +167,24 @@ def solve(
     `y0` is. Exact derivatives of any order and mode with respect to `y0`, `xs` and all
     that `step_map` depends on; none with respect to `guess`.
 
-    With N steps and D components a derivative holds one array of shape `(N, D, D)`.
+    With N steps and D components a derivative holds one array of shape `(N, D, D)` if D
+    is at most 16 or the transitions are dense, those of `FullJacobian` or
+    `PiecewiseConstant`. Otherwise it is solved for by `matrix_free_recurrence`, to the
+    tolerance stated there and in memory O(N D): by sweeps, each of one vectorized JVP
+    or VJP of the step, whose number depends on the transitions, as that of the
+    iterations does, but is not bounded by `max_iterations`. The step then has to be one
+    that JAX can differentiate in reverse mode, even in forward mode.
     """
     if y0.size == 0:
         zero = jnp.zeros((), guess.dtype)
         count = jnp.array(0, int), jnp.array(len(guess), int)
         return guess, Statistics(count[0], zero, count[1], optx.RESULTS.successful)
+    if isinstance(iteration.linearization, BlockDiagonalJacobian):
+        layout = iteration.linearization.layout(step_map, y0.size)
+        if not layout.is_contiguous:
+            return _solve_in_blocks(
+                step_map, y0, xs, guess, forward, iteration, idle, layout
+            )
     x = jax.tree.map(lambda x: x[0], xs)
     # So that all it closes over is an argument, which is differentiated.
     convert = lambda f, *args: f and eqx.filter_closure_convert(f, *args)
@@ -114,6 +193,7 @@ def solve(
         convert(step_map.increment, x, y0),
         convert(step_map.jacobian, x, y0),
         convert(step_map.leap, x, x, x, y0),
+        step_map.leaves,
     )
     return _solve(
         step_map,

@@ -7,7 +7,8 @@ $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it i
 | --- | --- | --- |
 | $\partial\Phi_n/\partial y$ | Newton | D tangents of the step |
 | $\exp(h_n J_n)$ | DEER, for fields | D tangents of the field, one exponential |
-| its diagonal | quasi-DEER | D tangents of the step |
+| its diagonal | quasi-DEER | D tangents of the step, or a few probes |
+| its diagonal blocks | block quasi-DEER | as many tangents as a block is large |
 | $I$ | Picard | nothing |
 
 ??? cite "Reference"
@@ -15,7 +16,10 @@ $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it i
     Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over the
     sequence length*, arXiv:2309.12252, equations 6 and 9 (Newton, DEER). Gonzalez et
     al., *Towards scalable and stable parallelization of nonlinear RNNs*,
-    arXiv:2407.19115 (quasi-DEER).
+    arXiv:2407.19115 (quasi-DEER). Hutchinson, *A stochastic estimator of the trace of
+    the influence matrix*, Commun. Stat. Simul. 19 (1990), and Bekas, Kokiopoulou and
+    Saad, *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57 (2007)
+    (probes).
 """
 
 import abc
@@ -25,10 +29,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
 
 from ._custom_types import Matrix, State, Transition, VectorField
 from ._matrix_functions import expm
+
+# As many tangents at once: that many times the memory of one evaluation of the step.
+_MOST_TANGENTS = 16
 
 
 class StepMap(eqx.Module):
@@ -42,6 +51,8 @@ class StepMap(eqx.Module):
     - `leap(first, last, x, y)`: where there are longer steps, one from the beginning of
         the step `first` to the end of `last`, and what it predicts for the state after
         the step `x` between them; otherwise `None`.
+    - `leaves`: where the state is a ravelled pytree, shapes and types of its leaves;
+        otherwise `None`.
 
     `x` is what drives the step: its two times, or the input of a recurrent network.
     """
@@ -50,13 +61,46 @@ class StepMap(eqx.Module):
     increment: Callable[[PyTree[Any], State], State] | None = None
     jacobian: Callable[[PyTree[Any], State], Matrix] | None = None
     leap: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = None
+    leaves: tuple[jax.ShapeDtypeStruct, ...] | None = eqx.field(
+        static=True, default=None
+    )
+
+
+def value_and_tangents(
+    f: VectorField, y: State, directions: Float[Array, "directions state"]
+) -> tuple[State, Float[Array, "directions state"]]:
+    """The value `f(y)` and its derivative along each direction, of which there is one.
+
+    All directions at once, and `f` itself evaluated once.
+    """
+    push = lambda direction: jax.jvp(f, (y,), (direction,))
+    values, tangents = jax.vmap(push)(directions)
+    return values[0], tangents
 
 
 def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
     """The value `f(y)` and the matrix of shape `(D, D)` of its derivatives, D ≥ 1."""
-    push = lambda direction: jax.jvp(f, (y,), (direction,))
-    values, jacobian = jax.vmap(push, out_axes=(0, -1))(jnp.eye(y.size, dtype=y.dtype))
-    return values[0], jacobian
+    value, columns = value_and_tangents(f, y, jnp.eye(y.size, dtype=y.dtype))
+    return value, columns.T
+
+
+def random_signs(*shape: int) -> np.ndarray:
+    """Signs drawn at random once and for all: a constant, the same at every call."""
+    return np.random.default_rng(0).choice([-1.0, 1.0], size=shape)
+
+
+def _diagonal(f: VectorField, y: State) -> State:
+    """The diagonal of the Jacobian, without the Jacobian: a few columns at a time."""
+
+    def some(index):
+        directions = jax.nn.one_hot(index, y.size, dtype=y.dtype)
+        _, columns = value_and_tangents(f, y, directions)
+        return jnp.sum(jnp.where(directions == 1, columns, 0.0), axis=1)
+
+    num_chunks = -(-y.size // _MOST_TANGENTS)
+    # Beyond the last component the directions are zero.
+    index = jnp.arange(num_chunks * _MOST_TANGENTS).reshape(num_chunks, -1)
+    return lax.map(some, index).reshape(-1)[: y.size]
 
 
 def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix:
@@ -83,7 +127,8 @@ class AbstractLinearization(eqx.Module):
 
         **Returns:**
 
-        The transition, `(state, state)` if dense or `(state,)` if diagonal.
+        The transition, `(state, state)` if dense, `(state,)` if diagonal, `(blocks,
+        block, block)` if block-diagonal.
         """
 
 
@@ -126,11 +171,38 @@ class DiagonalJacobian(AbstractLinearization):
     r"""quasi-DEER: the diagonal of $\partial\Phi_n/\partial y$.
 
     The recurrence costs O(N D) instead of O(N D²) or O(N D³); the iterations are more,
-    and the fewer the weaker the components are coupled.
+    and the fewer the weaker the components are coupled. Memory is O(N D).
+
+    **Arguments:**
+
+    - `num_probes`: `None` for the exact diagonal, by D tangents of the step. A number
+        for Hutchinson's unbiased estimate, the mean of $v \odot (J v)$ over as many
+        vectors v of random signs, one tangent each; its error comes from the entries
+        beside the diagonal, so that one probe is exact where there are none. The probes
+        are the same for every step, every iteration and every call. They decide on the
+        number of iterations and on nothing else.
     """
+
+    num_probes: int | None = None
+
+    def __check_init__(self):
+        if self.num_probes is not None and self.num_probes < 1:
+            msg = (
+                "`num_probes` must be at least 1, or `None` for the exact diagonal; "
+                f"got {self.num_probes}."
+            )
+            raise ValueError(msg)
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
+        step = lambda y: step_map.step(x, y)
+        if self.num_probes is not None:
+            probes = random_signs(self.num_probes, y_prev.size)
+            probes = jnp.asarray(probes, y_prev.dtype)
+            _, tangents = value_and_tangents(step, y_prev, probes)
+            return jnp.mean(probes * tangents, axis=0)
+        if y_prev.size > _MOST_TANGENTS:
+            return _diagonal(step, y_prev)
         return jnp.diagonal(step_jacobian(step_map, x, y_prev))
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from jax import lax
 
 from diffrax_deer._affine_scan import SequentialScan, affine_recurrence, shift
@@ -14,28 +15,36 @@ from diffrax_deer._affine_scan import SequentialScan, affine_recurrence, shift
 from .helpers import relative_error, scans
 
 each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
-each_kind = pytest.mark.parametrize("kind", ["dense", "diagonal"])
-
-_STATE = 3
+_STATE = 4
+_SHAPES = {"dense": (_STATE, _STATE), "diagonal": (_STATE,), "blocks": (2, 2, 2)}
+each_kind = pytest.mark.parametrize("kind", _SHAPES)
 
 
 def _problem(kind: str, num_steps: int, dtype=jnp.float64, batch: tuple[int, ...] = ()):
     """Transitions, inhomogeneity and initial value."""
     rng = np.random.default_rng(num_steps)
-    shape = (_STATE, _STATE) if kind == "dense" else (_STATE,)
-    a = rng.normal(size=(*batch, num_steps, *shape)) / 1.5
+    a = rng.normal(size=(*batch, num_steps, *_SHAPES[kind])) / 1.5
     b = rng.normal(size=(*batch, num_steps, _STATE))
     y0 = rng.normal(size=(*batch, _STATE))
     return tuple(jnp.asarray(x, dtype) for x in (a, b, y0))
 
 
+def _matrices(a) -> np.ndarray:
+    """The transitions of any kind in full."""
+    a = np.asarray(a, np.float64)
+    if a.ndim == 2:
+        return np.stack([np.diag(x) for x in a])
+    full = lambda x: np.asarray(scipy.linalg.block_diag(*x))
+    return a if a.ndim == 3 else np.stack([full(x) for x in a])
+
+
 def _loop(a, b, y0=None, reverse=False) -> np.ndarray:
     """The definition."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    a, b = _matrices(a), np.asarray(b, np.float64)
     y = np.zeros(_STATE) if y0 is None else np.asarray(y0, np.float64)
     out = np.zeros_like(b)
     for n in reversed(range(len(b))) if reverse else range(len(b)):
-        y = (a[n] @ y if a.ndim == 3 else a[n] * y) + b[n]
+        y = a[n] @ y + b[n]
         out[n] = y
     return out
 
@@ -45,7 +54,12 @@ def _plain(a, b, y0):
 
     def step(y, ab):
         a, b = ab
-        y = (jnp.sum(a * y[None], axis=1) if a.ndim == 2 else a * y) + b
+        if a.ndim == 1:
+            y = a * y
+        else:
+            blocks = y.reshape(-1, 1, a.shape[-1])
+            y = jnp.sum(a.reshape(-1, *a.shape[-2:]) * blocks, axis=-1).reshape(-1)
+        y = y + b
         return y, y
 
     return lax.scan(step, y0, (a, b))[1]
@@ -54,8 +68,8 @@ def _plain(a, b, y0):
 @each_scan
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 8, 33])
 def test_every_scan_does_what_the_loop_does(scan, num_steps):
-    dense, diagonal = (_problem(kind, num_steps)[:2] for kind in ("dense", "diagonal"))
-    cases = list(itertools.product((dense, diagonal), (False, True)))
+    systems = [_problem(kind, num_steps)[:2] for kind in _SHAPES]
+    cases = list(itertools.product(systems, (False, True)))
     got = jax.jit(lambda: [scan(*ab, reverse=reverse) for ab, reverse in cases])()
     for y, (ab, reverse) in zip(got, cases, strict=True):
         assert relative_error(y, _loop(*ab, reverse=reverse)) < 1e-14
@@ -79,7 +93,7 @@ def test_the_recurrence_starts_from_its_initial_value(scan, kind):
     assert relative_error(solve(a, b), _loop(a, b)) < 1e-14
     # Steps of which none exists, and states without components.
     assert solve(a[:0], b[:0]).shape == (0, _STATE)
-    empty = solve(a[:, :0, :0] if kind == "dense" else a[:, :0], b[:, :0], y0[:0])
+    empty = solve(a[(slice(None), *[slice(0)] * (a.ndim - 1))], b[:, :0], y0[:0])
     assert empty.shape == (7, 0)
 
 
@@ -95,7 +109,7 @@ def test_the_recurrence_is_linear_and_its_transpose_is_the_transpose(scan, kind)
     a, b, y0 = _problem(kind, 7)
     rng = np.random.default_rng(0)
     c, d = (jnp.asarray(rng.normal(size=b.shape)) for _ in range(2))
-    dense = np.asarray(a) if kind == "dense" else np.stack([np.diag(x) for x in a])
+    dense = _matrices(a)
     blocks = np.eye(b.size)
     for n in range(1, len(b)):
         rows, columns = (slice(k * _STATE, (k + 1) * _STATE) for k in (n, n - 1))
@@ -207,6 +221,16 @@ def test_long_stable_recurrences_agree():
     for scan in scans.values():
         y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a / 2, b, y0)
         assert relative_error(y, expected) < 1e-13
+
+
+@each_scan
+@each_kind
+def test_products_that_overflow_stay_away_from_zeros(scan, kind):
+    # Nothing happens before the last step, though the product of all is infinite.
+    a, b, _ = _problem(kind, 33)
+    a, b = 1e30 * a, b.at[:-1].set(0.0)
+    y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a, b)
+    np.testing.assert_array_equal(y, b)
 
 
 def test_the_platform_scan_is_sequential_on_a_cpu():

@@ -99,7 +99,7 @@ def _cases(draw):
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+    suppress_health_check=(hypothesis.HealthCheck.too_slow,),
 )
 def test_the_answer_is_the_sequential_one_or_an_honest_failure(
     name, window, coarse, dtype, case
