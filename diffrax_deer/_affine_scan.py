@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._causal import shift
 from ._custom_types import State, States, Transition, Transitions
 from ._matrix_functions import matmul, matvec
 
@@ -122,11 +123,6 @@ class PlatformScan(AbstractScan):
             cpu=lambda a, b: sequential(a, b, reverse=reverse),
             default=lambda a, b: associative(a, b, reverse=reverse),
         )
-
-
-def shift(y0: State, ys: States) -> States:
-    """The predecessors `(y_0, ..., y_{N-1})` of the states `(y_1, ..., y_N)`."""
-    return jnp.concatenate([y0[None], ys[:-1]])
 
 
 def transpose(a: Transitions, like: States) -> Transitions:

@@ -29,8 +29,9 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import PyTree
 
-from ._affine_scan import affine_recurrence, shift
+from ._affine_scan import affine_recurrence
 from ._blocks import BlockDiagonalJacobian, Layout
+from ._causal import shift
 from ._custom_types import State, States
 from ._linearization import (
     FullJacobian,

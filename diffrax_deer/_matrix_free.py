@@ -32,27 +32,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ._affine_scan import AbstractScan, shift, transpose
+from ._affine_scan import AbstractScan, transpose
+from ._causal import norm, prefix, shift
 from ._custom_types import States, Transitions
-
-
-def _norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
-    return jnp.max(jnp.abs(x), axis=-1)
-
-
-def _prefix(good: Bool[Array, " time"]) -> Int[Array, ""]:
-    """The number of leading `True`s."""
-    return jnp.where(jnp.all(good), good.size, jnp.argmin(good))
 
 
 def _tolerance(v: States, b: States) -> Float[Array, " time"]:
     """For the residual and the update of each step."""
     eps = float(jnp.finfo(v.dtype).eps)
-    before = _norm(shift(jnp.zeros_like(v[0]), v))
+    before = norm(shift(jnp.zeros_like(v[0]), v))
     # The second: less than the rounding of a product with `before` cannot be asked for.
-    return eps**0.75 * jnp.maximum(_norm(v), _norm(b)) + 64 * eps * before
+    return eps**0.75 * jnp.maximum(norm(v), norm(b)) + 64 * eps * before
 
 
 def sweeps(
@@ -82,9 +74,9 @@ def sweeps(
 
         finite = jnp.all(jnp.isfinite(new), axis=-1)
         tolerance = _tolerance(v, b)
-        change = jnp.maximum(_norm(updates), _norm(residuals))
-        num_finite, num_small = _prefix(finite), _prefix(finite & (change <= tolerance))
-        num_measured = _prefix(_norm(images - v) <= tolerance)
+        change = jnp.maximum(norm(updates), norm(residuals))
+        num_finite, num_small = prefix(finite), prefix(finite & (change <= tolerance))
+        num_measured = prefix(norm(images - v) <= tolerance)
         # The exact value itself is not finite: nor is what follows.
         lost = num_finite <= jnp.minimum(num_final, num_steps - 1)
         done = (num_small == num_steps) & (strict | (num_measured == num_steps))

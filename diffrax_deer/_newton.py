@@ -30,10 +30,11 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._affine_scan import AbstractScan, shift
+from ._affine_scan import AbstractScan
+from ._causal import hold, norm, prefix, shift
 from ._custom_types import State, States
 from ._linearization import AbstractLinearization, StepMap
-from ._predictor import AbstractPredictor, hold
+from ._predictor import AbstractPredictor
 
 # How much a residual may grow in one iteration before the guess is given up; and what
 # part of the largest one before it does not count as growth.
@@ -88,16 +89,6 @@ class _Progress(eqx.Module):
     done: Bool[Array, ""]
 
 
-def _norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
-    """The norm of a state: unlike its components, it rarely passes through zero."""
-    return jnp.max(jnp.abs(x), axis=-1)
-
-
-def _prefix(good: Bool[Array, " time"]) -> Int[Array, ""]:
-    """The number of leading `True`s."""
-    return jnp.where(jnp.all(good), good.size, jnp.argmin(good))
-
-
 def _select(pred: Bool[Array, ""], a: PyTree[Any], b: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), a, b)
 
@@ -122,7 +113,7 @@ class NewtonIteration(eqx.Module):
     window: int | None
 
     def _tolerance(self, before: States, after: States) -> Float[Array, " time"]:
-        return self.atol + self.rtol * jnp.maximum(_norm(before), _norm(after))
+        return self.atol + self.rtol * jnp.maximum(norm(before), norm(after))
 
     def _updates(
         self,
@@ -165,15 +156,15 @@ class NewtonIteration(eqx.Module):
         # would be lost to rounding.
         ys = jnp.where(first[:, None], images, window.ys + updates)
 
-        tolerance, sizes = self._tolerance(before, window.ys), _norm(residuals)
+        tolerance, sizes = self._tolerance(before, window.ys), norm(residuals)
         # Where the guess was right but began elsewhere, residuals were zero.
         old = jnp.maximum(window.residuals, tolerance)
         good = sizes <= _MAX_GROWTH * jnp.maximum(old, _FLOOR * lax.cummax(old))
         good = jnp.all(jnp.isfinite(ys), axis=-1) & (good | first)
-        num_trusted = _prefix(good)
+        num_trusted = prefix(good)
         trusted = index < num_trusted
 
-        changes = jnp.maximum(_norm(updates), sizes)
+        changes = jnp.maximum(norm(updates), sizes)
         known = (changes > 0) & jnp.isfinite(window.changes)
         changes = jnp.where(changes > 0, changes / tolerance, 0.0)
         rate = jnp.where(known, changes / window.changes, 1.0)
@@ -210,11 +201,11 @@ class NewtonIteration(eqx.Module):
         ys = lax.cond(incomplete, predict, lambda: window.ys)
         before = shift(y0, ys)
         images = jax.vmap(step_map.step)(xs, before)
-        residuals = _norm(images - ys)
+        residuals = norm(images - ys)
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted
         solved &= residuals <= self._tolerance(before, ys)
-        num_final = _prefix(solved | (jnp.arange(size) < window.num_final))
+        num_final = prefix(solved | (jnp.arange(size) < window.num_final))
         complete = num_final == size
         # The values of the first open step are exact; if they are not finite, then no
         # number of iterations makes them so.
@@ -290,7 +281,7 @@ class NewtonIteration(eqx.Module):
         num_steps = len(guess)
         limit = num_steps if self.max_iterations is None else self.max_iterations
         zero, unknown = jnp.array(0, int), jnp.full(num_steps, jnp.inf, guess.dtype)
-        num_known = _prefix(jnp.all(jnp.isfinite(guess), axis=-1))
+        num_known = prefix(jnp.all(jnp.isfinite(guess), axis=-1))
         steps = _Window(guess, unknown, unknown, unknown, zero, num_known)
         no = jnp.array(False)
         state = lax.while_loop(
@@ -350,7 +341,7 @@ class SequentialForward(AbstractForward):
         _, ys = lax.scan(step, y0, xs)
         finite = jnp.all(jnp.isfinite(ys), axis=-1)
         # As after an iteration: a finite trajectory, so that no derivative is NaN.
-        num_finite = _prefix(finite)
+        num_finite = prefix(finite)
         ys = hold(y0, ys, num_finite)
         result = optx.RESULTS.where(
             jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
+from ._causal import hold
 from ._checks import check_count
 from ._custom_types import State, States
 from ._linearization import StepMap
@@ -43,12 +44,6 @@ class AbstractPredictor(eqx.Module):
         All states, `(time, state)`, the known ones as they were. They need be finite
         only if the known ones are. Not differentiated.
         """
-
-
-def hold(y0: State, ys: States, num_known: Int[Array, ""]) -> States:
-    """The last known state from there on."""
-    last = jnp.where(num_known == 0, y0, ys[jnp.maximum(num_known - 1, 0)])
-    return jnp.where(jnp.arange(len(ys))[:, None] < num_known, ys, last)
 
 
 class ConstantPredictor(AbstractPredictor):

@@ -10,7 +10,8 @@ import pytest
 import scipy.linalg
 from jax import lax
 
-from diffrax_deer._affine_scan import SequentialScan, affine_recurrence, shift
+from diffrax_deer._affine_scan import SequentialScan, affine_recurrence
+from diffrax_deer._causal import shift
 
 from .helpers import relative_error, scans
 

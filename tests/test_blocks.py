@@ -131,7 +131,7 @@ def test_blocks_that_couple_are_estimated_without_bias():
     step_map = StepMap(lambda x, y: x @ y)
     y = jnp.zeros(20)
     for matrix in (inside + beside, inside + np.abs(beside)):
-        _, blocks, _ = _linearize(
+        _, blocks = _linearize(
             BlockDiagonalJacobian(block_size=2), step_map, y, jnp.asarray(matrix)
         )
         errors = np.asarray(blocks - inside)[inside != 0]

@@ -17,6 +17,7 @@ _PACKAGE = _ROOT / "diffrax_deer"
 _LAYERS = [
     "_custom_types",
     "_matrix_functions",
+    "_causal",
     "_affine_scan",
     "_matrix_free",
     "_linearization",

@@ -96,7 +96,7 @@ def test_probes_estimate_the_diagonal_without_bias():
     beside = jacobian - np.diag(np.diag(jacobian))
     deviation = np.sqrt(np.sum(beside**2, axis=1))
     for num_probes in (4, 64, 4096):
-        diagonal, _ = DiagonalJacobian(num_probes)(step_map, _H, y, y)
+        diagonal = DiagonalJacobian(num_probes)(step_map, _H, y, y)
         errors = (np.asarray(diagonal) - np.diag(jacobian)) / deviation
         # Standard deviations of the mean: of 20 errors about one, neither zero nor ten.
         scaled = np.sqrt(np.mean(errors**2) * num_probes)
@@ -108,8 +108,8 @@ def test_probes_are_the_same_at_every_step():
     step_map = StepMap(lambda x, y: matrix @ y)
     linearize = ft.partial(DiagonalJacobian(num_probes=2), step_map, None)
     ys = jnp.asarray(np.random.default_rng(1).normal(size=(3, 20)))
-    diagonals, _ = jax.vmap(linearize)(ys, ys)
-    again, _ = jax.jit(linearize)(ys[0], ys[0])
+    diagonals = jax.vmap(linearize)(ys, ys)
+    again = jax.jit(linearize)(ys[0], ys[0])
     assert relative_error(diagonals, jnp.broadcast_to(again, (3, 20))) < 1e-14
     assert relative_error(again, jnp.diag(matrix)) > 0.1
 

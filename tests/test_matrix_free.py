@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer._affine_scan import AbstractScan, shift
+from diffrax_deer._affine_scan import AbstractScan
+from diffrax_deer._causal import shift
 from diffrax_deer._matrix_free import matrix_free_recurrence, reverse, sweeps
 
 from .helpers import relative_error, scans
