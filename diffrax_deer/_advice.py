@@ -50,7 +50,7 @@ class Advice(eqx.Module):
         tangent. It is a limit for long times, and says little about intervals of about
         `1 / lyapunov` or shorter.
     - `grid_steps`, `linearization`: with what Newton's method was tried.
-    - `cold_iterations`, `warm_iterations`: its iterations from a constant guess, and
+    - `cold_iterations`, `warm_iterations`: its iterations without a guess, and
         from the solution for y0 and args that differ by a thousandth. `None` where it
         failed, took more than 200, or was not tried.
 
@@ -136,7 +136,9 @@ def _call(solver: DEERSolver) -> str:
     if type(solver.solver) is not diffrax.Dopri5:
         arguments.append(_name(solver.solver))
     arguments.append(f"num_steps={solver.num_steps}")
-    if type(solver.linearization) is not PiecewiseConstant:
+    implicit = isinstance(solver.solver, diffrax.AbstractImplicitSolver)
+    default = FullJacobian if implicit else PiecewiseConstant
+    if type(solver.linearization) is not default:
         arguments.append(f"linearization={type(solver.linearization).__name__}()")
     if isinstance(solver.forward, SequentialForward):
         arguments.append("forward=SequentialForward()")
@@ -219,8 +221,7 @@ def _limits(advice: Advice) -> list[str]:
         reasons.append(
             f"With {advice.state_size} components dense Jacobians cost O(N D²) memory "
             "and O(N D³) time: Newton's method was tried with "
-            f"linearization={type(advice.linearization).__name__}(). The gradient of "
-            "DEERAdjoint needs them all the same."
+            f"linearization={type(advice.linearization).__name__}()."
         )
     return reasons
 
@@ -240,6 +241,8 @@ def _predicted(advice: Advice) -> str:
         )
     if advice.speedup_sequential_forward is not None:
         text += f"SequentialForward {_factor(advice.speedup_sequential_forward)}"
+    if text and advice.platform != "cpu":
+        text += " (the latencies of this platform were guessed, not measured)"
     return text or "no gradient in parallel: its Jacobians do not fit in memory"
 
 

@@ -19,6 +19,7 @@ from ._custom_types import Args, RealScalarLike, Y
 from ._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
+    FullJacobian,
     Picard,
     PiecewiseConstant,
 )
@@ -95,7 +96,7 @@ def advise(
     `RuntimeError` if the sequential solver does not come from `t0` to `t1`.
 
     **Cost:** compiles four to six solves, which takes 5 to 30 seconds; memory O(N D²)
-    for N steps and D ≤ 16 real components, O(N D) for D > 64.
+    for N steps and D ≤ 16 real components, O(N D) for more.
     """
     problem = Problem(terms, t0, t1, y0, args)
     _check(problem, {"rtol": rtol, "atol": atol})
@@ -111,6 +112,8 @@ def advise(
     duration = abs(float(t1) - float(t0))
     chaotic = lyapunov * duration > MANY_LYAPUNOV_TIMES
     deer, grid = _on_grid(_configured(solver, solve.solver, size), solve)
+    linearization = deer.linearization
+    assert linearization is not None
     model = CostModel(
         num_steps=solve.num_steps,
         grid_steps=max(deer.num_steps, _num_windows(grid)),
@@ -119,7 +122,7 @@ def advise(
         flops=flops_of_field(problem, solve),
         state_size=size,
         batch_size=batch_size,
-        linearization=deer.linearization,
+        linearization=linearization,
         platform=jax.default_backend(),
     )
     cold, warm = _iterations(problem, deer, grid, chaotic)
@@ -151,7 +154,7 @@ def advise(
         lipschitz=lipschitz,
         lyapunov=lyapunov,
         grid_steps=model.grid_steps,
-        linearization=deer.linearization,
+        linearization=linearization,
         cold_iterations=cold,
         warm_iterations=warm,
         **prediction._asdict(),
@@ -234,14 +237,19 @@ def _configured(
     solver: DEERSolver | None, inner: diffrax.AbstractSolver, size: int
 ) -> DEERSolver:
     """The parallel solver, without its grid."""
-    if solver is not None:
-        return dataclasses.replace(solver, solver=inner, forward=None)
-    linearization: AbstractLinearization = PiecewiseConstant()
+    if solver is None:
+        solver = DEERSolver(inner)
+    solver = dataclasses.replace(solver, solver=inner, forward=None)
+    if solver.linearization is not None:
+        return solver
+    implicit = isinstance(inner, diffrax.AbstractImplicitSolver)
+    linearization: AbstractLinearization
+    linearization = FullJacobian() if implicit else PiecewiseConstant()
     if size > _LARGEST_DENSE:
         linearization = DiagonalJacobian()
     if size > _LARGEST_DIAGONAL:
         linearization = Picard()
-    return DEERSolver(inner, linearization=linearization)
+    return dataclasses.replace(solver, linearization=linearization)
 
 
 def _on_grid(

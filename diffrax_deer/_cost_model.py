@@ -10,8 +10,10 @@ parallel, B samples, which cost no depth, and e the work of one evaluation:
 | sequential | c N S | S e + some D |
 | its value and gradient | 20 c N S | 6 S e + more D |
 | one Newton iteration | i + scan | S e + transition + scan |
+| the guess of a cold start | a fourth of the steps in sequence | a fourth of theirs |
 | `SequentialForward` | c M times 2, or S if implicit | S e |
 | gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
+| the same without Jacobians, each sweep | i + scan | 3 S e + scan |
 
 The latencies c and i are properties of the device, and so are the operations done in a
 microsecond. Memory traffic counts as 60 operations for every number written. A scan of
@@ -28,12 +30,15 @@ from typing import NamedTuple
 import equinox as eqx
 import numpy as np
 
+from ._implicit import MOST_DIRECT
 from ._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
+    FullJacobian,
     Picard,
     PiecewiseConstant,
 )
+from ._predictor import CoarsePredictor
 
 _TRAFFIC = 60
 # Beside the field: error estimate, controller, and in a gradient the checkpoints.
@@ -42,6 +47,8 @@ _PRODUCTS_OF_EXPM = 8
 # A small matrix is factorized for about as long, whatever its size.
 _LINEAR_SOLVE = 12_500
 _TANGENT = 0.4
+# Where nobody counted them.
+_MANY_SWEEPS = 30
 # 4 GiB in single precision.
 _MOST_ENTRIES = 2**30
 
@@ -157,14 +164,30 @@ class CostModel(eqx.Module):
         work += self._step + self._transition()
         return self._effort(iterations * depth, self.grid_steps, iterations * work)
 
+    def guess(self) -> Effort:
+        """The steps in sequence of `CoarsePredictor`."""
+        whole, part = self.in_sequence(), 1 / CoarsePredictor().stride
+        return Effort(part * whole.depth, part * whole.work)
+
     def in_sequence(self) -> Effort:
         """The forward solve by `SequentialForward`."""
         depth = self._device.evaluation * (self.stages if self.implicit else 2)
         return self._effort(depth * self.grid_steps, self.grid_steps, self._step)
 
-    def gradient(self) -> Effort:
-        """What `DEERAdjoint` adds to a forward solve."""
-        depth, work = self._scan(False)
+    @property
+    def is_matrix_free(self) -> bool:
+        """Whether the gradient is found by products with Jacobians."""
+        dense = isinstance(self.linearization, (FullJacobian, PiecewiseConstant))
+        return not dense and self.state_size > MOST_DIRECT
+
+    def gradient(self, iterations: int) -> Effort:
+        """What `DEERAdjoint` adds to a forward solve of so many iterations."""
+        depth, work = self._scan(self.is_matrix_free)
+        if self.is_matrix_free:
+            # As many sweeps as iterations, roughly: the transitions are the same.
+            depth += self._device.iteration
+            work += 3 * self._step + self._transition()
+            return self._effort(iterations * depth, self.grid_steps, iterations * work)
         depth += 6 * self._device.iteration
         # An implicit step is differentiated at its solution, whatever led to that.
         work += self._step * (3 if self.implicit else 5 + 2 * self.state_size)
@@ -173,7 +196,7 @@ class CostModel(eqx.Module):
     def fits(self) -> bool:
         """Whether there is memory for the Jacobians that a gradient needs."""
         entries = self.grid_steps * self.batch_size * self.state_size**2
-        return entries <= _MOST_ENTRIES
+        return self.is_matrix_free or entries <= _MOST_ENTRIES
 
 
 class Prediction(NamedTuple):
@@ -190,16 +213,18 @@ def predict(model: CostModel, cold: int | None, warm: int | None) -> Prediction:
     """What the model says, given the Newton iterations; `None` where it cannot."""
     prediction = Prediction()
     if cold is not None:
-        forward = model.sequential().time / model.newton(cold).time
-        prediction = prediction._replace(speedup_forward=forward)
+        forward = model.newton(cold) + model.guess()
+        speedup = model.sequential().time / forward.time
+        prediction = prediction._replace(speedup_forward=speedup)
     if not model.fits():
         return prediction
     slow = model.sequential_gradient()
-    fast = model.in_sequence() + model.gradient()
+    sweeps = max(cold or _MANY_SWEEPS, 1)
+    fast = model.in_sequence() + model.gradient(sweeps)
     prediction = prediction._replace(speedup_sequential_forward=slow.time / fast.time)
     if warm is None:
         return prediction
-    fast = model.newton(warm) + model.gradient()
+    fast = model.newton(warm) + model.gradient(sweeps)
     return prediction._replace(
         work_ratio=fast.work / slow.work,
         depth_ratio=fast.depth / slow.depth,

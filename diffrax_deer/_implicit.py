@@ -43,7 +43,7 @@ from ._matrix_free import matrix_free_recurrence
 from ._newton import AbstractForward, NewtonIteration, Statistics
 
 # Up to this size the Jacobians of all steps are small enough to solve with directly.
-_MOST_DIRECT = 16
+MOST_DIRECT = 16
 
 
 def linearization_points(
@@ -82,7 +82,7 @@ def _linear_response(
     """
     xs, starts = points
     dense = isinstance(iteration.linearization, (FullJacobian, PiecewiseConstant))
-    if dense or ys.shape[1] <= _MOST_DIRECT:
+    if dense or ys.shape[1] <= MOST_DIRECT:
         jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(xs, starts)
         return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
     steps = lambda starts: jax.vmap(step_map.step)(xs, starts)

@@ -217,7 +217,7 @@ def newton_iterations(
 ) -> tuple[int | None, int | None]:
     """The Newton iterations of a solve, cold and warm; `None` where it fails.
 
-    Cold starts from the constant y0, or the solver's own guess; warm starts from the
+    Cold starts from what the solver itself predicts or guesses; warm starts from the
     cold solve's trajectory, with y0 and args changed by a thousandth.
     """
     counts: list[int | None] = []

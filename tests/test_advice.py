@@ -113,7 +113,8 @@ def test_an_oscillator_over_a_long_time_is_solved_by_what_is_recommended():
     assert not advice.chaotic
     assert 100 < advice.num_steps < 200
     assert advice.warm_iterations is not None and advice.cold_iterations is not None
-    assert 1 < advice.warm_iterations < advice.cold_iterations < 100
+    assert 1 < advice.warm_iterations < 10
+    assert 1 < advice.cold_iterations < 30
     expected = diffrax.diffeqsolve(
         terms,
         diffrax.Dopri5(),
@@ -238,9 +239,14 @@ def test_what_the_model_cannot_say_is_none():
     failed = predict(_model(), None, None)
     assert failed.speedup_forward is None and failed.speedup_gradient is None
     assert failed.speedup_sequential_forward is not None
-    huge = predict(_model(state_size=10_000, linearization=Picard()), 5, 5)
+    huge = predict(_model(state_size=10_000), 5, 5)
     assert huge.speedup_forward is not None
     assert huge.speedup_gradient is None and huge.speedup_sequential_forward is None
+
+
+def test_a_gradient_without_jacobians_always_fits():
+    got = predict(_model(state_size=10_000, linearization=Picard()), 5, 5)
+    assert got.speedup_gradient is not None
 
 
 def test_on_an_accelerator_newton_is_better_than_steps_in_sequence():
