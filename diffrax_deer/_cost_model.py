@@ -10,7 +10,7 @@ parallel, B samples, which cost no depth, and e the work of one evaluation:
 | sequential | c N S | S e + some D |
 | its value and gradient | 20 c N S | 6 S e + more D |
 | one Newton iteration | i + scan | S e + transition + scan |
-| the guess of a cold start | a fourth of the steps in sequence | a fourth of theirs |
+| the guess of a cold start | a third of the steps in sequence | a third of theirs |
 | `SequentialForward` | c M times 2, or S if implicit | S e |
 | gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
 | the same without Jacobians, each sweep | i + scan | 3 S e + scan |

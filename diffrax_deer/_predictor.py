@@ -72,7 +72,7 @@ class CoarsePredictor(AbstractPredictor):
         Lions, Maday and Turinici, C. R. Acad. Sci. Paris 332 (2001).
     """
 
-    stride: int = 4
+    stride: int = 3
 
     def __check_init__(self):
         check_count("stride", self.stride)

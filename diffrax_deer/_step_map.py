@@ -21,6 +21,9 @@ from ._linearization import value_and_jacobian
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
 _TO_BE_FILLED_IN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
 
+# An error relative to the state with which a step is still better than none.
+_USEFUL = 0.1
+
 
 def widest(*dtypes: jnp.dtype) -> jnp.dtype:
     """The floating type of most bits; promotion may be strict, and would refuse."""
@@ -144,11 +147,19 @@ class SolverStep(eqx.Module):
         x: tuple[RealScalarLike, RealScalarLike],
         y: State,
     ) -> State:
-        """One step over several, and its dense output at the end of one of them."""
+        """One step over several, and its dense output at the end of one of them.
+
+        NaN where the step is by its own estimate of no use.
+        """
         (t0, _), (_, t1) = first, last
-        _, _, dense_info, _ = self.full((t0, t1), y)
+        y1, error, dense_info, _ = self.full((t0, t1), y)
         path = self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
-        return ravel(path.evaluate(x[1]))[0]
+        predicted = ravel(path.evaluate(x[1]))[0]
+        if error is None:
+            return predicted
+        largest = jnp.max(jnp.maximum(jnp.abs(y), jnp.abs(y1)))
+        useful = jnp.max(jnp.abs(error)) <= _USEFUL * largest
+        return jnp.where(useful, predicted, jnp.nan)
 
     def full(
         self, x: tuple[RealScalarLike, RealScalarLike], y: State
