@@ -32,6 +32,7 @@ from jaxtyping import PyTree
 from ._affine_scan import affine_recurrence
 from ._blocks import BlockDiagonalJacobian, Layout
 from ._causal import shift
+from ._checks import check_size
 from ._custom_types import State, States
 from ._linearization import (
     FullJacobian,
@@ -83,6 +84,7 @@ def _linear_response(
     xs, starts = points
     dense = isinstance(iteration.linearization, (FullJacobian, PiecewiseConstant))
     if dense or ys.shape[1] <= MOST_DIRECT:
+        check_size(len(ys), ys.shape[1], iteration.linearization)
         jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(xs, starts)
         return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
     steps = lambda starts: jax.vmap(step_map.step)(xs, starts)

@@ -104,9 +104,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     construction; for terms with noise and for a guess of another structure than y0, at
     trace time. A failed solve is a `diffrax.RESULTS`.
 
-    **Cost** of a window of N steps and a state of D real components: each iteration N
-    steps, their transitions and one scan; memory O(N D²). The gradient costs one more
-    such iteration, whatever their number.
+    **Cost** of N steps and a state of D real components: a third of the steps in
+    sequence for the prediction, where there is no guess; then each iteration `window`
+    steps, their transitions and one scan, in memory O(`window` D²). The gradient costs
+    one more such iteration, whatever their number, with memory O(N D²). Without dense
+    transitions, and D above 16, memory is O(N D), and the gradient costs about as many
+    products with Jacobians as there were iterations.
 
     ??? cite "Reference"
 
