@@ -236,19 +236,26 @@ class NewtonIteration(eqx.Module):
         """Advances in the window that begins with the first step that is not final."""
         steps, num_steps = state.steps, len(state.steps.ys)
         size = num_steps if self.window is None else min(self.window, num_steps)
-        start = jnp.minimum(steps.num_final, num_steps - size)
-        cut = lambda x: (
-            lax.dynamic_slice_in_dim(x, start, size) if x.ndim else x - start
-        )
-        put = lambda x, part: (
-            lax.dynamic_update_slice_in_dim(x, part, start, 0)
-            if x.ndim
-            else start + part
-        )
-        y_start = jnp.where(start == 0, y0, steps.ys[jnp.maximum(start - 1, 0)])
+        # A constant if the window is everything: in a batch, to cut is to gather.
+        last_start = num_steps - size
+        start = jnp.minimum(steps.num_final, last_start) if last_start else 0
+
+        def cut(x):
+            if x.ndim == 0:
+                return x - start
+            return lax.dynamic_slice_in_dim(x, start, size) if last_start else x
+
+        def put(x, part):
+            if x.ndim == 0:
+                return start + part
+            update = lax.dynamic_update_slice_in_dim
+            return update(x, part, start, 0) if last_start else part
+
+        if last_start:
+            y0 = jnp.where(start == 0, y0, steps.ys[jnp.maximum(start - 1, 0)])
         window, updated, lost, residuals = self._advance(
             step_map,
-            y_start,
+            y0,
             jax.tree.map(cut, xs),
             jax.tree.map(cut, steps),
             state.num_iterations >= limit,
