@@ -6,7 +6,7 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diffrax_deer import DEERSolver, SequentialForward, WholeInterval
+from diffrax_deer import CoarsePredictor, DEERSolver, SequentialForward, WholeInterval
 
 SolverName = Literal["deer", "deer_sequential", "dopri5", "tsit5"]
 
@@ -46,11 +46,13 @@ def count_work(
 
     A Newton iteration of DEER evaluates, on each of its steps, every stage, and the
     Jacobian of the field by forward-mode differentiation, of which each column counts
-    as one evaluation:
+    as one evaluation. Every stage of every step is evaluated once more to verify the
+    result, and those of one step in `stride` to predict it from a cold start:
 
         iterations * num_steps * (stages + columns)
+            + (num_steps + ceil(num_steps / stride)) * stages
 
-    A solve without iterations has taken these steps in sequence.
+    A solve without iterations has taken the steps in sequence.
 
     Args:
         solver: what the solution was computed with.
@@ -65,8 +67,11 @@ def count_work(
         state: Any = solution.solver_state
         iterations = state.num_iterations
         stages = _num_stages(solver.solver)
-        per_step = jnp.where(iterations == 0, stages, iterations * (stages + state_dim))
-        return solver.num_steps * per_step, iterations
+        num_leaps = -(-solver.num_steps // CoarsePredictor().stride)
+        iterating = solver.num_steps * iterations * (stages + state_dim)
+        iterating += (solver.num_steps + num_leaps) * stages
+        in_sequence = solver.num_steps * stages
+        return jnp.where(iterations == 0, in_sequence, iterating), iterations
     num_steps = jnp.asarray(solution.stats["num_steps"])
     is_fsal = bool(solver.tableau.fsal)
     return num_steps * (_num_stages(solver) - is_fsal) + is_fsal, None
