@@ -16,6 +16,11 @@ from ._affine_scan import (
 from ._blocks import BlockDiagonalJacobian as BlockDiagonalJacobian
 from ._controller import WholeInterval as WholeInterval
 from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
+from ._forward import (
+    AbstractForward as AbstractForward,
+    ParallelForward as ParallelForward,
+    SequentialForward as SequentialForward,
+)
 from ._linearization import (
     AbstractLinearization as AbstractLinearization,
     DiagonalJacobian as DiagonalJacobian,
@@ -23,11 +28,6 @@ from ._linearization import (
     Picard as Picard,
     PiecewiseConstant as PiecewiseConstant,
     StepMap as StepMap,
-)
-from ._newton import (
-    AbstractForward as AbstractForward,
-    ParallelForward as ParallelForward,
-    SequentialForward as SequentialForward,
 )
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,

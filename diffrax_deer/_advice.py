@@ -5,8 +5,8 @@ import textwrap
 import diffrax
 import equinox as eqx
 
+from ._forward import SequentialForward
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
-from ._newton import SequentialForward
 from ._solver import DEERSolver
 
 # From here on small errors grow so much that Newton's method goes step by step.

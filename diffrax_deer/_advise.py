@@ -16,6 +16,7 @@ from ._checks import check_count, check_instance, check_noise
 from ._controller import WholeInterval
 from ._cost_model import CostModel, predict
 from ._custom_types import Args, RealScalarLike, Y
+from ._forward import SequentialForward
 from ._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
@@ -33,7 +34,6 @@ from ._measurement import (
     solve_adaptively,
     uniform_steps,
 )
-from ._newton import SequentialForward
 from ._solver import DEERSolver
 from ._step_map import ravel
 

@@ -34,6 +34,7 @@ from ._blocks import BlockDiagonalJacobian, Layout
 from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
+from ._forward import AbstractForward
 from ._linearization import (
     FullJacobian,
     PiecewiseConstant,
@@ -41,7 +42,7 @@ from ._linearization import (
     step_jacobian,
 )
 from ._matrix_free import matrix_free_recurrence
-from ._newton import AbstractForward, NewtonIteration, Statistics
+from ._newton import NewtonIteration, Statistics
 
 # Up to this size the Jacobians of all steps are small enough to solve with directly.
 MOST_DIRECT = 16

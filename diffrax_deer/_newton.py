@@ -18,7 +18,6 @@ A solve can therefore be slow but not wrong. The iteration looks at a window of 
 that slides along with the first one that is not final.
 """
 
-import abc
 import functools as ft
 from typing import Any
 
@@ -307,51 +306,3 @@ class NewtonIteration(eqx.Module):
         return ys, Statistics(
             state.num_iterations, state.residual, steps.num_final, result
         )
-
-
-class AbstractForward(eqx.Module):
-    """How the forward pass is done. Result and gradient do not depend on it."""
-
-    @abc.abstractmethod
-    def __call__(
-        self,
-        step_map: StepMap,
-        y0: State,
-        xs: PyTree[Any],
-        guess: States,
-        iteration: NewtonIteration,
-    ) -> tuple[States, Statistics]:
-        """Solves the recurrence; the result need not be differentiable."""
-
-
-class ParallelForward(AbstractForward):
-    """Newton's method over all steps at once."""
-
-    def __call__(self, step_map, y0, xs, guess, iteration):
-        return iteration(step_map, y0, xs, guess)
-
-
-class SequentialForward(AbstractForward):
-    """One step after the other, with `jax.lax.scan`; the gradient is still parallel.
-
-    No guess, no iteration. The better choice where the device is already full: a large
-    batch on a CPU.
-    """
-
-    def __call__(self, step_map, y0, xs, guess, iteration):
-        del guess, iteration
-
-        def step(y, x):
-            y = step_map.step(x, y)
-            return y, y
-
-        _, ys = lax.scan(step, y0, xs)
-        finite = jnp.all(jnp.isfinite(ys), axis=-1)
-        # As after an iteration: a finite trajectory, so that no derivative is NaN.
-        num_finite = prefix(finite)
-        ys = hold(y0, ys, num_finite)
-        result = optx.RESULTS.where(
-            jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite
-        )
-        zero = jnp.zeros((), ys.dtype)
-        return ys, Statistics(jnp.array(0, int), zero, num_finite, result)

@@ -21,9 +21,10 @@ from ._checks import (
     check_window_state,
 )
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from ._forward import AbstractForward, ParallelForward
 from ._interpolation import WindowInterpolations
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
-from ._newton import AbstractForward, NewtonIteration, ParallelForward
+from ._newton import NewtonIteration
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._step_map import SolverStep, prepare, ravel, rounding, widest
 from ._trajectory import Trajectory, largest_error, solve_grid

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._checks import check_window_state
 from ._custom_types import States
-from ._newton import AbstractForward, SequentialForward, Statistics
+from ._forward import AbstractForward, SequentialForward
+from ._newton import Statistics
 from ._solver import window_state
 from ._trajectory import largest_error
 from ._windows import (

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import State, States
+from ._forward import AbstractForward
 from ._implicit import linearization_points, solve
 from ._linearization import StepMap
-from ._newton import AbstractForward, NewtonIteration, Statistics
+from ._newton import NewtonIteration, Statistics
 from ._step_map import SolverStep
 
 

@@ -17,6 +17,7 @@ from diffrax_deer._affine_scan import (
     PlatformScan,
     SequentialScan,
 )
+from diffrax_deer._forward import AbstractForward, ParallelForward, SequentialForward
 from diffrax_deer._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
@@ -25,12 +26,7 @@ from diffrax_deer._linearization import (
     PiecewiseConstant,
     StepMap,
 )
-from diffrax_deer._newton import (
-    AbstractForward,
-    NewtonIteration,
-    ParallelForward,
-    SequentialForward,
-)
+from diffrax_deer._newton import NewtonIteration
 from diffrax_deer._predictor import AbstractPredictor, ConstantPredictor
 
 # A strategy added here is held to every contract.

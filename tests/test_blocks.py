@@ -10,9 +10,9 @@ import pytest
 import scipy.linalg
 
 from diffrax_deer._blocks import BlockDiagonalJacobian
+from diffrax_deer._forward import ParallelForward
 from diffrax_deer._implicit import solve
 from diffrax_deer._linearization import StepMap
-from diffrax_deer._newton import ParallelForward
 from diffrax_deer._step_map import ravel
 
 from .helpers import (

@@ -9,9 +9,9 @@ import numpy as np
 import optimistix as optx
 import pytest
 
+from diffrax_deer._forward import ParallelForward
 from diffrax_deer._implicit import solve
 from diffrax_deer._linearization import FullJacobian, StepMap
-from diffrax_deer._newton import ParallelForward
 
 from .helpers import (
     constant_guess,

@@ -25,6 +25,7 @@ _LAYERS = [
     "_checks",
     "_predictor",
     "_newton",
+    "_forward",
     "_implicit",
     "_dirk",
     "_step_map",

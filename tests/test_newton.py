@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from diffrax_deer._affine_scan import AssociativeScan
+from diffrax_deer._forward import SequentialForward
 from diffrax_deer._linearization import (
     DiagonalJacobian,
     FullJacobian,
     Picard,
     StepMap,
 )
-from diffrax_deer._newton import SequentialForward
 
 from .helpers import (
     constant_guess,
