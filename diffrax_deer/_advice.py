@@ -217,7 +217,7 @@ def _limits(advice: Advice) -> list[str]:
             f"{_factor(advice.speedup_forward)} as "
             f"{_name(advice.sequential_solver)}."
         )
-    if not isinstance(advice.linearization, (FullJacobian, PiecewiseConstant)):
+    if not advice.linearization.is_dense:
         reasons.append(
             f"With {advice.state_size} components dense Jacobians cost O(N D²) memory "
             "and O(N D³) time: Newton's method was tried with "

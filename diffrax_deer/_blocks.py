@@ -12,11 +12,14 @@ signs $s_g$ drawn at random its mean is zero: an unbiased estimate of the blocks
 Hutchinson's is one of the diagonal.
 """
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import check_count
 from ._custom_types import State
 from ._linearization import (
     AbstractLinearization,
@@ -142,6 +145,7 @@ class BlockDiagonalJacobian(AbstractLinearization):
     divided in this way.
     """
 
+    is_dense: ClassVar[bool] = False
     block_size: int | None = None
     batch_axis: int | None = None
 
@@ -152,9 +156,8 @@ class BlockDiagonalJacobian(AbstractLinearization):
                 f"got {self.block_size} and {self.batch_axis}."
             )
             raise ValueError(msg)
-        if self.block_size is not None and self.block_size < 1:
-            msg = f"`block_size` must be at least 1; got {self.block_size}."
-            raise ValueError(msg)
+        if self.block_size is not None:
+            check_count("block_size", self.block_size)
 
     def layout(self, step_map: StepMap, size: int) -> Layout:
         """The blocks of a state of `size` components."""

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._custom_types import Y
-from ._linearization import FullJacobian, PiecewiseConstant
 
 # In all Jacobians together: 4 GiB in single precision, and there are several copies.
 _MOST_ENTRIES = 2**30
@@ -101,13 +100,12 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
         raise ValueError(msg)
 
 
-def check_size(num_steps: int, size: int, linearization: Any) -> None:
-    """Raises where a dense linearization would hold more than `_MOST_ENTRIES` numbers.
+def check_size(num_steps: int, size: int) -> None:
+    """Raises where dense transitions would be more than `_MOST_ENTRIES` numbers.
 
     That is N D², for `num_steps` N and `size` D.
     """
-    dense = isinstance(linearization, (FullJacobian, PiecewiseConstant))
-    if not dense or num_steps * size**2 <= _MOST_ENTRIES:
+    if num_steps * size**2 <= _MOST_ENTRIES:
         return
     msg = (
         f"The Jacobians of {num_steps} steps with a state of {size} components have "

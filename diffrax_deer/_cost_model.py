@@ -33,8 +33,6 @@ import numpy as np
 from ._implicit import MOST_DIRECT
 from ._linearization import (
     AbstractLinearization,
-    DiagonalJacobian,
-    FullJacobian,
     Picard,
     PiecewiseConstant,
 )
@@ -156,8 +154,7 @@ class CostModel(eqx.Module):
 
     def newton(self, iterations: int) -> Effort:
         """The forward solve by Newton's method."""
-        diagonal = type(self.linearization) in (DiagonalJacobian, Picard)
-        depth, work = self._scan(diagonal)
+        depth, work = self._scan(not self.linearization.is_dense)
         depth += self._device.iteration
         if self.implicit:
             depth += self._device.evaluation * self.stages
@@ -177,8 +174,7 @@ class CostModel(eqx.Module):
     @property
     def is_matrix_free(self) -> bool:
         """Whether the gradient is found by products with Jacobians."""
-        dense = isinstance(self.linearization, (FullJacobian, PiecewiseConstant))
-        return not dense and self.state_size > MOST_DIRECT
+        return not self.linearization.is_dense and self.state_size > MOST_DIRECT
 
     def gradient(self, iterations: int) -> Effort:
         """What `DEERAdjoint` adds to a forward solve of so many iterations."""

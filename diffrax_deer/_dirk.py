@@ -15,8 +15,8 @@ whatever the root finder was, and without an error where it has failed.
     section IV.8.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import diffrax
 import jax
@@ -49,7 +49,8 @@ def dirk_tableau(tableau: diffrax.ButcherTableau) -> Tableau:
     return Tableau(a, np.asarray(tableau.b_sol), np.append(tableau.c1, tableau.c))
 
 
-def _combine(weights: np.ndarray, terms: Any, start: Array) -> Array:
+def combine(weights: np.ndarray, terms: Sequence[Array] | Array, start: Array) -> Array:
+    """The weighted sum of `terms`, added to `start`; weights of zero cost nothing."""
     pairs = zip(weights, terms, strict=True)
     return sum((float(w) * x for w, x in pairs if w != 0), start=start)
 
@@ -75,16 +76,16 @@ def dirk_jacobian(
     right-hand sides for each stage.
     """
     t0, t1 = x
-    stages = jnp.stack([_combine(row, ks, y) for row in tableau.a])
+    stages = jnp.stack([combine(row, ks, y) for row in tableau.a])
     times = jnp.stack([t0 + float(c) * (t1 - t0) for c in tableau.c])
     jacobian = lambda t, y: value_and_jacobian(lambda y: product(t, y), y)[1]
     jacobians = jax.vmap(jacobian)(times, stages)
     identity = jnp.eye(y.size, dtype=y.dtype)
     derivatives: list[Array] = []
     for i, row in enumerate(tableau.a):
-        right = matmul(jacobians[i], _combine(row[:i], derivatives, identity))
+        right = matmul(jacobians[i], combine(row[:i], derivatives, identity))
         if row[i] != 0:
             left = identity - float(row[i]) * jacobians[i]
             right = jnp.linalg.solve(left, right)
         derivatives.append(right)
-    return _combine(tableau.b, derivatives, identity)
+    return combine(tableau.b, derivatives, identity)

@@ -35,12 +35,7 @@ from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
 from ._forward import AbstractForward
-from ._linearization import (
-    FullJacobian,
-    PiecewiseConstant,
-    StepMap,
-    step_jacobian,
-)
+from ._linearization import StepMap, step_jacobian
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
 
@@ -83,9 +78,9 @@ def _linear_response(
     either, by products with them.
     """
     xs, starts = points
-    dense = isinstance(iteration.linearization, (FullJacobian, PiecewiseConstant))
-    if dense or ys.shape[1] <= MOST_DIRECT:
-        check_size(len(ys), ys.shape[1], iteration.linearization)
+    if iteration.linearization.is_dense:
+        check_size(*ys.shape)
+    if iteration.linearization.is_dense or ys.shape[1] <= MOST_DIRECT:
         jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(xs, starts)
         return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
     steps = lambda starts: jax.vmap(step_map.step)(xs, starts)

@@ -24,7 +24,7 @@ $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it i
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -33,6 +33,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from ._checks import check_count
 from ._custom_types import Matrix, State, Transition, VectorField
 from ._matrix_functions import expm
 
@@ -111,7 +112,13 @@ def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix:
 
 
 class AbstractLinearization(eqx.Module):
-    """The choice of the transition. The answer and its gradient do not depend on it."""
+    """The choice of the transition. The answer and its gradient do not depend on it.
+
+    `is_dense` says whether transitions are matrices of shape `(state, state)`. Where
+    they are not, the gradient of a large state is found without such matrices, too.
+    """
+
+    is_dense: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def __call__(
@@ -138,6 +145,8 @@ class FullJacobian(AbstractLinearization):
     Converges quadratically. For any step map; the choice for recurrent networks.
     """
 
+    is_dense: ClassVar[bool] = True
+
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
         return step_jacobian(step_map, x, y_prev)
@@ -151,6 +160,8 @@ class PiecewiseConstant(AbstractLinearization):
     differentiates one evaluation of the field instead of all stages of the step: the
     cheapest choice for differential equations, with hardly more iterations than Newton.
     """
+
+    is_dense: ClassVar[bool] = True
 
     def __call__(self, step_map, x, y_prev, y_next):
         increment = step_map.increment
@@ -183,15 +194,12 @@ class DiagonalJacobian(AbstractLinearization):
         number of iterations and on nothing else.
     """
 
+    is_dense: ClassVar[bool] = False
     num_probes: int | None = None
 
     def __check_init__(self):
-        if self.num_probes is not None and self.num_probes < 1:
-            msg = (
-                "`num_probes` must be at least 1, or `None` for the exact diagonal; "
-                f"got {self.num_probes}."
-            )
-            raise ValueError(msg)
+        if self.num_probes is not None:
+            check_count("num_probes", self.num_probes)
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
@@ -212,6 +220,8 @@ class Picard(AbstractLinearization):
     For weak fields and short intervals: the iterations grow with the product of the
     Lipschitz constant and the length of the interval.
     """
+
+    is_dense: ClassVar[bool] = False
 
     def __call__(self, step_map, x, y_prev, y_next):
         del step_map, x, y_next

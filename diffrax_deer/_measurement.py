@@ -60,10 +60,9 @@ class Adaptive(eqx.Module):
 
 
 @eqx.filter_jit
-def _adaptive(problem: Problem, solver: Any, controller: Any, max_steps: int):
-    # The times only: `max_steps` states may be more than memory holds.
-    time = lambda t, y, args: t
-    subs = diffrax.SubSaveAt(steps=True, fn=time), diffrax.SubSaveAt(t0=True)
+def _solve(
+    problem: Problem, solver: Any, controller: Any, **options: Any
+) -> diffrax.Solution:
     return diffrax.diffeqsolve(
         problem.terms,
         solver,
@@ -72,11 +71,15 @@ def _adaptive(problem: Problem, solver: Any, controller: Any, max_steps: int):
         None,
         problem.y0,
         problem.args,
-        saveat=diffrax.SaveAt(subs=subs),
         stepsize_controller=controller,
-        max_steps=max_steps,
         throw=False,
+        **options,
     )
+
+
+def _time(t: Any, y: Any, args: Any) -> Any:
+    del y, args
+    return t
 
 
 def solve_adaptively(
@@ -88,7 +91,10 @@ def solve_adaptively(
 ) -> Adaptive:
     """Solves with a step size controller, in sequence."""
     controller = diffrax.PIDController(rtol=rtol, atol=atol)
-    sol = _adaptive(problem, solver, controller, max_steps)
+    # The times only: `max_steps` states may be more than memory holds.
+    subs = diffrax.SubSaveAt(steps=True, fn=_time), diffrax.SubSaveAt(t0=True)
+    saveat = diffrax.SaveAt(subs=subs)
+    sol = _solve(problem, solver, controller, saveat=saveat, max_steps=max_steps)
     assert sol.ts is not None and sol.ys is not None
     ends, start = (np.asarray(ts) for ts in sol.ts)
     ts = np.concatenate([start, ends[: int(sol.stats["num_accepted_steps"])]])
@@ -184,25 +190,6 @@ def flops_of_field(problem: Problem, solve: Adaptive) -> float:
     return float(flops) if flops > 0 else 2.0 * y0.size**2
 
 
-@eqx.filter_jit
-def _newton(problem: Problem, solver: Any, controller: Any, state: Any, max_steps: int):
-    return diffrax.diffeqsolve(
-        problem.terms,
-        solver,
-        problem.t0,
-        problem.t1,
-        None,
-        problem.y0,
-        problem.args,
-        saveat=diffrax.SaveAt(t1=True, solver_state=True),
-        stepsize_controller=controller,
-        adjoint=DEERAdjoint(),
-        solver_state=state,
-        max_steps=max_steps,
-        throw=False,
-    )
-
-
 def _perturbed(tree: PyTree[Any]) -> PyTree[Any]:
     """A thousandth more of everything, about as much as one training step changes."""
     floats, rest = eqx.partition(tree, eqx.is_inexact_array_like)
@@ -225,7 +212,15 @@ def newton_iterations(
     y0, args = _perturbed((problem.y0, problem.args))
     changed = Problem(problem.terms, problem.t0, problem.t1, y0, args)
     for variant in (problem, changed):
-        sol = _newton(variant, solver, controller, state, max_windows)
+        sol = _solve(
+            variant,
+            solver,
+            controller,
+            saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            adjoint=DEERAdjoint(),
+            solver_state=state,
+            max_steps=max_windows,
+        )
         state = sol.solver_state
         assert state is not None
         if not bool(sol.result == diffrax.RESULTS.successful):

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._affine_scan import AbstractScan
-from ._causal import hold, norm, prefix, shift
+from ._causal import hold, norm, prefix, select, shift
 from ._custom_types import State, States
 from ._linearization import AbstractLinearization, StepMap
 from ._predictor import AbstractPredictor
@@ -88,10 +88,6 @@ class _Progress(eqx.Module):
     done: Bool[Array, ""]
 
 
-def _select(pred: Bool[Array, ""], a: PyTree[Any], b: PyTree[Any]) -> PyTree[Any]:
-    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), a, b)
-
-
 class NewtonIteration(eqx.Module):
     """The iteration and its tolerances.
 
@@ -125,10 +121,10 @@ class NewtonIteration(eqx.Module):
         """Solves the linearized equations for the updates."""
         # Steps without a value have no derivative, and some solvers raise an error when
         # they are asked for one. Nothing is updated from there on.
-        first, exists = window.num_final, jnp.all(jnp.isfinite(residuals), axis=-1)
-        select = jax.vmap(_select, in_axes=(0, 0, None))
+        exists = jnp.all(jnp.isfinite(residuals), axis=-1)
         points = xs, before, window.ys
-        points = select(exists, points, jax.tree.map(lambda x: x[first], points))
+        instead = jax.tree.map(lambda x: x[jnp.argmax(exists)], points)
+        points = jax.vmap(select, in_axes=(0, 0, None))(exists, points, instead)
         transitions = jax.vmap(ft.partial(self.linearization, step_map))(*points)
         axes = tuple(range(1, transitions.ndim))
         usable = jnp.all(jnp.isfinite(transitions), axis=axes)
@@ -222,7 +218,7 @@ class NewtonIteration(eqx.Module):
         idle = complete | lost | exhausted
         update = lambda: self._update(step_map, xs, before, window, images)
         new = lax.cond(eqxi.unvmap_all(idle), lambda: window, update)
-        return _select(idle, window, new), ~idle, lost, residuals
+        return select(idle, window, new), ~idle, lost, residuals
 
     def _slide(
         self,

@@ -259,7 +259,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         times = ts[1:] * direction
         ends = [t for t in (guess.t0, guess.t1) if t is not None]
         if len(ends) == 2:
-            times = jnp.clip(times, jnp.minimum(*ends), jnp.maximum(*ends))
+            first, last = (jnp.asarray(t, times.dtype) for t in ends)
+            times = jnp.clip(times, jnp.minimum(first, last), jnp.maximum(first, last))
         check_guess(guess, times[0], y0)
         return jax.vmap(lambda t: ravel(guess.evaluate(t))[0])(times)
 
@@ -301,9 +302,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         if forward is None:
             forward = ParallelForward() if self.forward is None else self.forward
         iteration = self._iteration(inner, y0, num_windows)
-        if isinstance(forward, ParallelForward):
-            num_steps = min(len(ts) - 1, iteration.window or len(ts))
-            check_size(num_steps, flat.size, iteration.linearization)
+        if isinstance(forward, ParallelForward) and iteration.linearization.is_dense:
+            check_size(min(len(ts) - 1, iteration.window or len(ts)), flat.size)
         guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
         return solve_grid(inner, ts, flat, guess, forward, iteration)
 

@@ -15,7 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Args, DenseInfo, Matrix, RealScalarLike, State, Y
-from ._dirk import IMPLICIT_EULER, dirk_jacobian, dirk_tableau
+from ._dirk import IMPLICIT_EULER, combine, dirk_jacobian, dirk_tableau
 from ._linearization import value_and_jacobian
 
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
@@ -185,10 +185,7 @@ class SolverStep(eqx.Module):
         # forward and about ten times in a Jacobian.
         t0, t1 = x
         control = self.terms.contr(t0, t1)
-        weighted = lambda weights, ks: sum(
-            (float(w) * k for w, k in zip(weights, ks, strict=True) if w != 0),
-            start=jnp.zeros_like(y),
-        )
+        weighted = lambda weights, ks: combine(weights, ks, jnp.zeros_like(y))
         # Traced once, and differentiated once, for all stages; XLA inlines it.
         product = jax.jit(lambda t, y: self._product(t, y, control))
         stage, ks = y, [product(t0, y)]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._causal import select
 from ._checks import check_window_state
 from ._custom_types import States
 from ._forward import AbstractForward, SequentialForward
@@ -33,7 +34,6 @@ from ._windows import (
     Windows,
     as_arrays,
     event_result,
-    select,
     steps_of,
 )
 

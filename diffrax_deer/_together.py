@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._causal import select
 from ._solver import window_state
 from ._windows import (
     Carry,
@@ -17,7 +18,6 @@ from ._windows import (
     Outcome,
     Windows,
     event_result,
-    select,
     steps_of,
 )
 

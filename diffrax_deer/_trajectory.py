@@ -68,7 +68,8 @@ def solve_grid(
     """
     increment = inner.increment if inner.is_one_field else None
     leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, y0)))
-    step_map = StepMap(inner.step, increment, inner.jacobian, inner.leap, leaves)
+    jacobian = inner.jacobian if inner.is_implicit else None
+    step_map = StepMap(inner.step, increment, jacobian, inner.leap, leaves)
     xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
     ys, statistics = solve(step_map, y0, xs, guess, forward, iteration, idle)
     return Trajectory(inner, ts, y0, ys, statistics)

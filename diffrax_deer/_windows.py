@@ -109,11 +109,6 @@ def as_arrays(tree: PyTree[Any]) -> PyTree[Array]:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
-def select(pred: Bool[Array, ""], a: PyTree[Any], b: PyTree[Any]) -> PyTree[Any]:
-    """All leaves of `a` if `pred`, else those of `b`."""
-    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), a, b)
-
-
 class Windows(eqx.Module):
     """A differential equation and how it is to be cut into windows.
 

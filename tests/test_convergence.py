@@ -23,12 +23,12 @@ from .helpers import relative_error
 # a prototype of this iteration needed was 137, 40, 220 and 9.
 _LIMITS = {
     "lotka_volterra_100": 80,
-    "van_der_pol_10": 36,
+    "van_der_pol_10": 30,
     "lorenz": 150,
-    "two_body": 12,
+    "two_body": 9,
 }
-# Rounding grows by so much, where neighbours part: what two solutions can agree to.
-_TOLERANCES = {"lorenz": 1e-5, "roessler": 1e-7, "van_der_pol_100": 1e-6}
+# Over eighteen Lyapunov times what is left of the tolerance grows by e**18 = 7e7.
+_TOLERANCES = {"lorenz": 1e-6}
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_after_a_training_step_a_warm_start_takes_few_iterations(make, dtype, mo
     init = lambda y0: solver.init(diffrax.ODETerm(field), t0, t1, y0, None)
     states = jax.vmap(init)(y0s)
     optimizer_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
-    rng, seen = np.random.default_rng(0), {}
+    rng, seen, num_checked = np.random.default_rng(0), {}, 0
     for number in range(16):
         index = rng.choice(num_samples, batch, replace=False)
         with jax.numpy_dtype_promotion("standard"):  # optax asks for it
@@ -192,8 +192,9 @@ def test_after_a_training_step_a_warm_start_takes_few_iterations(make, dtype, mo
         for i, count in zip(index, new.num_iterations, strict=True):
             if i in seen and number - seen[i] <= 1:
                 assert count <= most, (number, i, int(count))
+                num_checked += 1
             seen[i] = number
-    assert len(seen) == num_samples
+    assert len(seen) == num_samples and num_checked > 10
 
 
 def test_a_previous_solution_is_a_guess_also_beyond_its_interval():

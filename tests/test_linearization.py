@@ -114,9 +114,10 @@ def test_probes_are_the_same_at_every_step():
     assert relative_error(again, jnp.diag(matrix)) > 0.1
 
 
-def test_no_probes_are_an_error():
-    with pytest.raises(ValueError, match="`None` for the exact diagonal"):
-        DiagonalJacobian(num_probes=0)
+@pytest.mark.parametrize(("num_probes", "error"), [(0, ValueError), (2.0, TypeError)])
+def test_a_wrong_number_of_probes_is_an_error(num_probes, error):
+    with pytest.raises(error, match="`num_probes` must be"):
+        DiagonalJacobian(num_probes)
 
 
 def test_piecewise_constant_is_the_exponential_at_the_middle_of_the_step():
