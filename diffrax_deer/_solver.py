@@ -126,9 +126,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     atol: float | None = None
     max_iterations: int | None = None
     guess: diffrax.AbstractPath | None = None
+    forward: AbstractForward | None = None
     predictor: AbstractPredictor | None = None
     window: int | None = None
-    forward: AbstractForward | None = None
 
     def __check_init__(self):
         check_count("num_steps", self.num_steps)
