@@ -16,7 +16,6 @@ arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing e
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,16 +33,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.common import datasets
 from experiments.common.errors import ExperimentError
-from experiments.common.plotting import plot_training
-from experiments.common.results import collect_results, comparison_table
-from experiments.common.run_folder import RunFolder, Start
-from experiments.common.solvers import SolverName, count_work, solve_options
-from experiments.common.training import Run, init_state, train
+from experiments.common.experiment import (
+    Experiment,
+    TrainingConfig,
+    carry_out,
+    check_settings,
+)
+from experiments.common.results import Metric
+from experiments.common.solvers import count_work, solve_options
+from experiments.common.training import LossFn, Run, TrainState, init_state
 
 Batch = tuple[Float[Array, "batch pixel"], Int[Array, " batch"]]
 
-# They do not change the outcome, so that a run may be resumed with others.
-_NOT_SETTINGS = ("resume", "out", "data_dir")
+METRIC = Metric(
+    "accuracy", "test accuracy", axis="test accuracy (fraction)", spec=".1%"
+)
 # Ten steps of order eight.
 _REFERENCE = {
     "solver": diffrax.Dopri8(),
@@ -52,15 +56,11 @@ _REFERENCE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     """Trains a neural ODE classifier with several solvers and compares them.
 
     Attributes:
         dataset: Images to classify. MNIST is downloaded, digits needs no network.
-        solver: One or more solvers, each of which trains a model of its own.
-        seed: Decides initial weights, order of the data and noise.
-        steps: Number of training steps with each solver.
-        batch_size: Number of images in a training step.
         learning_rate: Initial learning rate of Adam, decayed to zero along a cosine.
         noise: Standard deviation of the Gaussian noise added to the pixels, which are
             between 0 and 1, during training.
@@ -69,21 +69,10 @@ class Config:
         width: Width of the hidden layers of its vector field.
         depth: Number of them.
         time_dependent: Whether the vector field is given the time.
-        rtol: Relative tolerance of the adaptive solvers.
-        atol: Absolute tolerance of the adaptive solvers.
-        num_steps: Number of time steps that DEER solves for at once.
-        evaluations: How often to evaluate, write a checkpoint and change the solver.
-        smoke: Only check that everything runs: few steps, small model, few images.
-        resume: Go on with the interrupted run in the folder `out`.
         out: Folder for checkpoint, results and plot.
-        data_dir: Folder for the data sets.
     """
 
     dataset: Literal["digits", "mnist"] = "digits"
-    solver: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5", "tsit5")
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 64
     learning_rate: float = 2e-2
     noise: float = 0.15
     state_dim: int = 8
@@ -91,14 +80,7 @@ class Config:
     width: int = 32
     depth: int = 2
     time_dependent: bool = True
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    num_steps: int = 4
-    evaluations: int = 12
-    smoke: bool = False
-    resume: bool = False
     out: Path = Path("runs/neural_ode_classifier")
-    data_dir: Path = Path("data")
 
     def reduced(self) -> "Config":
         """The same experiment, small enough to take seconds."""
@@ -116,33 +98,14 @@ class Config:
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        counts = ("steps", "batch_size", "evaluations", "num_steps")
         sizes = ("state_dim", "readout_dim", "width")
-        smallest = dict.fromkeys((*counts, *sizes), 1) | {"depth": 0, "seed": 0}
-        for name, bound in smallest.items():
-            if getattr(self, name) < bound:
-                flag = f"--{name.replace('_', '-')}"
-                msg = f"{flag} is {getattr(self, name)}. Choose at least {bound}."
-                raise ExperimentError(msg)
-        for name in ("learning_rate", "rtol", "atol"):
-            if not 0 < getattr(self, name) < math.inf:
-                flag = f"--{name.replace('_', '-')}"
-                msg = f"{flag} is {getattr(self, name)}. Choose a positive number."
-                raise ExperimentError(msg)
+        check_settings(self, dict.fromkeys(sizes, 1) | {"depth": 0})
         if self.readout_dim > self.state_dim:
             msg = (
                 f"--readout-dim is {self.readout_dim}, but the state has only "
                 f"{self.state_dim} components. Lower it, or raise --state-dim."
             )
             raise ExperimentError(msg)
-        if not self.solver or len(set(self.solver)) < len(self.solver):
-            msg = "--solver needs at least one solver, and none of them twice."
-            raise ExperimentError(msg)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the outcome, in a form that JSON can hold."""
-        fields = dataclasses.asdict(self) | {"solver": list(self.solver)}
-        return {name: fields[name] for name in fields if name not in _NOT_SETTINGS}
 
 
 class NeuralODEClassifier(eqx.Module):
@@ -196,25 +159,24 @@ class NeuralODEClassifier(eqx.Module):
         return self.field(h)
 
 
-def make_loss(
-    options: dict[str, Any], noise: float
-) -> Callable[[NeuralODEClassifier, Batch, PRNGKeyArray], Float[Array, ""]]:
+def make_loss(options: dict[str, Any], noise: float) -> LossFn:
     """The mean cross-entropy of a batch of noisy images."""
 
     def loss(
-        model: NeuralODEClassifier, batch: Batch, key: PRNGKeyArray
-    ) -> Float[Array, ""]:
+        model: NeuralODEClassifier, memory: None, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], None]:
         images, labels = batch
         images = images + noise * jr.normal(key, images.shape, images.dtype)
         logits = jax.vmap(lambda image: model(image, **options))(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), memory
 
     return loss
 
 
 def make_evaluate(
     options: dict[str, Any], images: np.ndarray, labels: np.ndarray
-) -> Callable[[NeuralODEClassifier], dict[str, float | None]]:
+) -> Callable[[TrainState], dict[str, float | None]]:
     """Accuracy on the test images, with and without the ODE, and what a solve costs.
 
     The error of a solve is the largest of any component of h(1), averaged over the
@@ -248,8 +210,8 @@ def make_evaluate(
 
     examples = jax.device_put((images, labels))
 
-    def evaluate(model: NeuralODEClassifier) -> dict[str, float | None]:
-        values = measure(model, *examples)
+    def evaluate(state: TrainState) -> dict[str, float | None]:
+        values = measure(state.model, *examples)
         return {name: None if v is None else float(v) for name, v in values.items()}
 
     return evaluate
@@ -294,29 +256,6 @@ def make_runs(config: Config, data: datasets.Dataset) -> dict[str, Run]:
     }
 
 
-def train_runs(
-    config: Config, data: datasets.Dataset, runs: dict[str, Run], folder: RunFolder
-) -> None:
-    """Trains them up to the end, with checkpoints."""
-
-    def batches_from(step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        num_examples = len(data.train_images)
-        for indices in datasets.batches(
-            num_examples, config.batch_size, config.seed, start_step=step
-        ):
-            yield data.train_images[indices], data.train_labels[indices]
-
-    train(
-        runs,
-        make_optimizer(config),
-        batches_from,
-        num_steps=config.steps,
-        block_size=math.ceil(config.steps / config.evaluations),
-        metric="accuracy",
-        save=lambda: folder.save(runs),
-    )
-
-
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment.
 
@@ -329,32 +268,23 @@ def main(config: Config) -> dict[str, Any]:
     config.check()
     config = config.reduced() if config.smoke else config
     data = load_data(config)
-    folder = RunFolder(config.out, config.settings())
-    start = folder.begin(config.resume)
-    if start is Start.FINISHED:
-        results = folder.read_results()
-    else:
-        runs = make_runs(config, data)
-        if start is Start.RESUMED:
-            folder.restore(runs)
-        train_runs(config, data, runs, folder)
-        plot_training(
-            folder.plot,
-            {name: run.record for name, run in runs.items()},
-            metric="accuracy",
-            metric_label="test accuracy (fraction)",
-            loss_label="training loss (nats)",
-        )
-        results = collect_results(
-            "neural_ode_classifier", config.settings(), runs, folder.resumed_at
-        )
-        folder.write_results(results)
-    print(comparison_table(results, "accuracy", "test accuracy", ".1%"))
-    if results["resumed_at"]:
-        steps = ", ".join(map(str, results["resumed_at"]))
-        print(f"Resumed after step {steps}; all compilations are counted.")
-    print(f"Results: {folder.results}, plot: {folder.plot}")
-    return results
+
+    def batches_from(step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        num_examples = len(data.train_images)
+        for indices in datasets.batches(
+            num_examples, config.batch_size, config.seed, start_step=step
+        ):
+            yield data.train_images[indices], data.train_labels[indices]
+
+    experiment = Experiment(
+        name="neural_ode_classifier",
+        make_runs=lambda: make_runs(config, data),
+        optimizer=make_optimizer(config),
+        batches_from=batches_from,
+        metrics=(METRIC,),
+        loss_label="training loss (nats)",
+    )
+    return carry_out(experiment, config)
 
 
 if __name__ == "__main__":

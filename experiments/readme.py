@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import convergence, deer_adjoint
+from experiments import convergence, deer_adjoint, neural_ode_classifier
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
 
@@ -18,7 +18,7 @@ README = _ROOT / "README.md"
 
 def _neural_ode_classifier(results: dict[str, Any]) -> str:
     config = results["config"]
-    table = comparison_table(results, "accuracy", "test accuracy", ".1%")
+    table = comparison_table(results, [neural_ode_classifier.METRIC])
     what = (
         f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
     )

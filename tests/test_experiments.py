@@ -38,7 +38,7 @@ from experiments.common.results import (
 from experiments.common.run_folder import RunFolder, Start
 from experiments.common.solvers import count_work, solve_options
 from experiments.common.training import Record, Run, init_state, train
-from experiments.neural_ode_classifier import Config, main
+from experiments.neural_ode_classifier import METRIC, Config, main
 
 _ROOT = Path(__file__).parents[1]
 _TINY = (
@@ -190,14 +190,14 @@ def test_run_folder(tmp_path, capsys):
 def _make_run(seed: int = 0) -> Run:
     model = eqx.nn.Linear(2, 1, key=jr.key(seed))
 
-    def loss_fn(model, batch, key):
+    def loss_fn(model, memory, batch, key):
         noise = jr.normal(key, batch.shape, batch.dtype)
-        return jnp.mean(jax.vmap(model)(batch + noise) ** 2)
+        return jnp.mean(jax.vmap(model)(batch + noise) ** 2), memory + len(batch)
 
     return Run(
         loss_fn=loss_fn,
-        evaluate=lambda model: {"size": float(jnp.sum(model.weight**2))},
-        state=init_state(model, optax.adam(1e-2), jr.key(1)),
+        evaluate=lambda state: {"size": float(jnp.sum(state.model.weight**2))},
+        state=init_state(model, optax.adam(1e-2), jr.key(1), jnp.array(0)),
     )
 
 
@@ -232,8 +232,8 @@ def test_training_resumes_where_it_was(tmp_path, interrupted):
     for name, run in straight.items():
         assert run.record.losses == resumed[name].record.losses
         assert eqx.tree_equal(run.state, resumed[name].state)
-        # One that has come to its end need not compile anything.
-        num_compilations = 1 if interrupted == 7 else 2
+        # Nothing is compiled before the first step, nor after the last one.
+        num_compilations = 1 if interrupted in (0, 7) else 2
         assert len(resumed[name].record.compile_seconds) == num_compilations
         steps = [entry["step"] for entry in resumed[name].record.evaluations]
         assert steps == [0, 2, 4, 6, 7]
@@ -243,10 +243,22 @@ def test_methods_take_turns():
     turns = []
     runs = {name: _make_run() for name in "ab"}
     for name, run in runs.items():
-        run.evaluate = lambda model, name=name: turns.append(name) or {"size": 0.0}
+        run.evaluate = lambda state, name=name: turns.append(name) or {"size": 0.0}
     _train(runs, 5, save=lambda: turns.append("save"))
     assert turns == ["a", "b", "save"] * 4
     assert runs["a"].record.losses == runs["b"].record.losses
+
+
+def test_batches_that_grow():
+    def batches_from(step):
+        for batch, number in zip(_batches_from(step), itertools.count(step)):
+            yield batch if number < 3 else np.concatenate([batch, batch])
+
+    run = _make_run()
+    _train({"a": run}, 6, batches_from=batches_from)
+    assert len(run.record.compile_seconds) == 2
+    assert len(run.record.step_seconds) == 6
+    assert int(run.state.memory) == 3 * 3 + 3 * 6
 
 
 def test_loss_that_is_not_finite():
@@ -331,9 +343,7 @@ def test_comparison_table():
     results = collect_results("name", {}, runs, [])
     header, rule, deer, dopri5 = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in comparison_table(
-            results, "accuracy", "test accuracy", ".1%"
-        ).splitlines()
+        for line in comparison_table(results, [METRIC]).splitlines()
     ]
     assert len(header) == len(rule) == len(deer) == len(dopri5)
     assert deer == (
@@ -344,7 +354,7 @@ def test_comparison_table():
     assert dopri5[-3:] == ["-", "2e-05", "1.00"]
 
     del results["solvers"]["dopri5"]
-    table = comparison_table(results, "accuracy", "test accuracy", ".1%")
+    table = comparison_table(results, [METRIC])
     assert table.splitlines()[-1].endswith(" - |")
 
 
@@ -383,7 +393,7 @@ def test_plot(tmp_path, losses):
     record = _make_record()
     record.losses, record.step_seconds = losses, record.step_seconds[:3]
     path = tmp_path / "plot.png"
-    plot_training(path, {"a": record, "b": record}, "accuracy", "accuracy", "loss")
+    plot_training(path, {"a": record, "b": record}, METRIC, "loss")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.common.files import write_atomically
+from experiments.common.results import Metric
 from experiments.common.training import Record
 
 _WINDOW = 20  # steps over which the loss is averaged
@@ -23,8 +24,7 @@ _STYLES = (
 def plot_training(
     path: Path,
     records: dict[str, Record],
-    metric: str,
-    metric_label: str,
+    metric: Metric,
     loss_label: str,
 ) -> None:
     """Draws loss and a metric, against steps and against time.
@@ -33,8 +33,7 @@ def plot_training(
         path: where the image goes.
         records: the methods by name.
         metric: which entry of `Record.evaluations` to draw.
-        metric_label: its name on the axis, with its unit.
-        loss_label: the same for the loss.
+        loss_label: the name of the loss on its axis, with its unit.
     """
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -42,7 +41,7 @@ def plot_training(
         style = _STYLES[index % len(_STYLES)]
         seconds = np.cumsum(record.step_seconds)
         losses = _smooth(np.asarray(record.losses))
-        values = [evaluation[metric] for evaluation in record.evaluations]
+        values = [evaluation[metric.name] for evaluation in record.evaluations]
         steps = [evaluation["step"] for evaluation in record.evaluations]
         times = [evaluation["seconds"] for evaluation in record.evaluations]
         axes[0, 0].plot(np.arange(1, 1 + len(losses)), losses, **style, label=name)
@@ -52,7 +51,7 @@ def plot_training(
     axes[0, 0].set_ylabel(f"{loss_label}, mean of {_WINDOW} steps")
     if all(min(record.losses) > 0 for record in records.values()):
         axes[0, 0].set_yscale("log")
-    axes[1, 0].set(ylabel=metric_label, xlabel="training steps")
+    axes[1, 0].set(ylabel=metric.axis, xlabel="training steps")
     axes[1, 1].set(xlabel="time in training steps (s), compilation excluded")
     figure.align_ylabels()
     for ax in axes.flat:

@@ -17,6 +17,24 @@ import numpy as np
 from experiments.common.files import write_atomically
 from experiments.common.training import Record, Run
 
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """An entry of `Record.evaluations`, and how it is shown.
+
+    Attributes:
+        name: its key.
+        column: the head of its column in tables.
+        axis: its name on an axis, with the unit.
+        spec: how to write a value, `".1%"` for example.
+    """
+
+    name: str
+    column: str
+    axis: str
+    spec: str
+
+
 _PACKAGES = ("jax", "jaxlib", "diffrax", "equinox", "optax", "diffrax_deer")
 
 
@@ -72,17 +90,13 @@ def collect_results(
     }
 
 
-def comparison_table(
-    results: dict[str, Any], metric: str, metric_label: str, metric_format: str
-) -> str:
+def comparison_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     """Lays out one line for every solver, as a Markdown table.
 
     Args:
-        results: what `collect_results` returns, where an evaluation has the metric and
+        results: what `collect_results` returns, where an evaluation has the metrics and
             `nfe`, `num_iterations` and `solve_error`.
-        metric: which value of the last evaluation goes into the second column.
-        metric_label: the name of this column.
-        metric_format: how to write the value, `".1%"` for example.
+        metrics: which values of the last evaluation go into the first columns.
     """
     columns = ("compile (s)", "step (ms) [quartiles]", "total (s)", "NFE/solve")
     more = ("Newton iterations", "solve error", "step time / Dopri5")
@@ -90,7 +104,7 @@ def comparison_table(
     rows = []
     for name, solver in results["solvers"].items():
         final, timing = solver["final"], solver["timing"]
-        row = [name, format(final[metric], metric_format)]
+        row = [name, *(format(final[metric.name], metric.spec) for metric in metrics)]
         row += [*_describe_timing(timing), f"{final['nfe']:.0f}"]
         iterations, median = final["num_iterations"], "step_seconds_median"
         row.append("-" if iterations is None else f"{iterations:.1f}")
@@ -98,7 +112,8 @@ def comparison_table(
         ratio = timing[median] / baseline["timing"][median] if baseline else None
         row.append("-" if ratio is None else f"{ratio:.2f}")
         rows.append(row)
-    return format_table(("solver", metric_label, *columns, *more), rows)
+    head = ("solver", *(metric.column for metric in metrics), *columns, *more)
+    return format_table(head, rows)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

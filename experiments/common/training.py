@@ -23,14 +23,19 @@ from tqdm import tqdm
 
 from experiments.common.errors import ExperimentError
 
-LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Float[Array, ""]]
+LossFn = Callable[[PyTree, PyTree, PyTree, PRNGKeyArray], tuple[Array, PyTree]]
 Step = Callable[["TrainState", PyTree], tuple["TrainState", Float[Array, ""]]]
 
 
 class TrainState(eqx.Module):
-    """All that a training step changes."""
+    """All that a training step changes.
+
+    `memory` is what a loss function wants to have again at the next step, the solution
+    as a guess for example.
+    """
 
     model: PyTree
+    memory: PyTree
     opt_state: optax.OptState
     key: PRNGKeyArray
 
@@ -41,7 +46,7 @@ class Record:
 
     Attributes:
         compile_seconds: tracing, lowering and compiling the training step; one entry
-            for every process that took part.
+            for every process that took part and every shape of the batches.
         step_seconds: one entry a step, until its result is there.
         losses: one entry a step.
         evaluations: `step`, `seconds` (the sum of `step_seconds` so far) and whatever
@@ -59,23 +64,28 @@ class Run:
     """One method, how far its training has come, and what was measured.
 
     Attributes:
-        loss_fn: maps model, batch and random key to a scalar.
-        evaluate: maps the model to what is to be recorded about it. Not timed.
+        loss_fn: maps model, memory, batch and random key to a scalar and the memory of
+            the next step.
+        evaluate: maps the state to what is to be recorded about it. Not timed.
         state: replaced by every step.
         record: appended to by every step.
     """
 
     loss_fn: LossFn
-    evaluate: Callable[[PyTree], dict[str, Any]]
+    evaluate: Callable[[TrainState], dict[str, Any]]
     state: TrainState
     record: Record = dataclasses.field(default_factory=Record)
 
 
 def init_state(
-    model: PyTree, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    model: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    memory: PyTree = None,
 ) -> TrainState:
     """The state before the first step."""
-    return TrainState(model, optimizer.init(eqx.filter(model, eqx.is_array)), key)
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
+    return TrainState(model, memory, opt_state, key)
 
 
 def train(
@@ -93,7 +103,8 @@ def train(
         runs: the methods by name; their states and records are updated in place. All of
             them must have come equally far.
         optimizer: the same for all.
-        batches_from: maps a number of steps to the batches that come after them.
+        batches_from: maps a number of steps to the batches that come after them. The
+            step is compiled anew for a batch of another shape.
         num_steps: number of steps at the end, those already taken included.
         block_size: number of steps between evaluations.
         metric: which of the values that `Run.evaluate` returns the progress bar shows.
@@ -103,9 +114,7 @@ def train(
     if done >= num_steps:
         return
     batches = map(jax.device_put, batches_from(done))
-    first = next(batches)
-    batches = itertools.chain([first], batches)
-    steps = {name: _compile(run, optimizer, first) for name, run in runs.items()}
+    steps: dict[tuple[str, Any], Step] = {}
     if not any(run.record.evaluations for run in runs.values()):
         for run in runs.values():
             _evaluate(run)
@@ -114,7 +123,7 @@ def train(
         while done < num_steps:
             block = list(itertools.islice(batches, min(block_size, num_steps - done)))
             for name, run in runs.items():
-                _train_block(name, run, steps[name], block)
+                _train_block(name, run, optimizer, steps, block)
                 _evaluate(run)
             save()
             done += len(block)
@@ -125,13 +134,14 @@ def train(
 def _compile(run: Run, optimizer: optax.GradientTransformation, batch: PyTree) -> Step:
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Float[Array, ""]]:
         key, loss_key = jr.split(state.key)
-        loss, grads = eqx.filter_value_and_grad(run.loss_fn)(
-            state.model, batch, loss_key
+        value_and_grad = eqx.filter_value_and_grad(run.loss_fn, has_aux=True)
+        (loss, memory), grads = value_and_grad(
+            state.model, state.memory, batch, loss_key
         )
         params = eqx.filter(state.model, eqx.is_array)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)
-        return TrainState(model, opt_state, key), loss
+        return TrainState(model, memory, opt_state, key), loss
 
     start = time.perf_counter()
     jitted: Any = eqx.filter_jit(step)
@@ -140,8 +150,18 @@ def _compile(run: Run, optimizer: optax.GradientTransformation, batch: PyTree) -
     return compiled
 
 
-def _train_block(name: str, run: Run, step: Step, block: list[PyTree]) -> None:
+def _train_block(
+    name: str,
+    run: Run,
+    optimizer: optax.GradientTransformation,
+    steps: dict[tuple[str, Any], Step],
+    block: list[PyTree],
+) -> None:
     for batch in block:
+        key = name, *(x.shape for x in jax.tree.leaves(batch))
+        if key not in steps:
+            steps[key] = _compile(run, optimizer, batch)
+        step = steps[key]
         start = time.perf_counter()
         run.state, loss = jax.block_until_ready(step(run.state, batch))
         run.record.step_seconds.append(time.perf_counter() - start)
@@ -157,7 +177,7 @@ def _train_block(name: str, run: Run, step: Step, block: list[PyTree]) -> None:
 def _evaluate(run: Run) -> None:
     record = run.record
     at = {"step": len(record.losses), "seconds": math.fsum(record.step_seconds)}
-    record.evaluations.append(at | run.evaluate(run.state.model))
+    record.evaluations.append(at | run.evaluate(run.state))
 
 
 def _describe(runs: dict[str, Run], metric: str) -> str:
