@@ -27,6 +27,7 @@ from ._linearization import (
 from ._measurement import (
     Adaptive,
     Problem,
+    coupled,
     evaluations_of_field,
     flops_of_field,
     newton_iterations,
@@ -35,7 +36,6 @@ from ._measurement import (
     uniform_steps,
 )
 from ._solver import DEERSolver
-from ._step_map import ravel
 
 # One step of an implicit solver costs about as much as ten of an explicit one.
 _STIFF = 10
@@ -108,7 +108,7 @@ def advise(
     if not solve.successful:
         raise RuntimeError(_not_solved(problem, inner, max_steps))
     lipschitz, lyapunov = rates(problem, solve)
-    size = ravel(solve.y0)[0].size
+    size = coupled(problem, DEERSolver(solve.solver), solve.ts)[1].size
     duration = abs(float(t1) - float(t0))
     chaotic = lyapunov * duration > MANY_LYAPUNOV_TIMES
     deer, grid = _on_grid(_configured(solver, solve.solver, size), solve)

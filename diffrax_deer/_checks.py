@@ -112,10 +112,7 @@ def check_size(num_steps: int, size: int) -> None:
         f"{num_steps * size**2:.1e} entries, too many to hold. Solve fewer steps "
         "together, or pass `linearization=DiagonalJacobian()`, "
         "`BlockDiagonalJacobian(...)` or `Picard()`, with which neither the solve nor "
-        "its derivative holds such an array. If this is the backward pass of a "
-        "`BacksolveAdjoint`, whose state contains the gradient, make its steps in "
-        "sequence, `BacksolveAdjoint(solver=diffrax.Tsit5())`, or use `DEERAdjoint()` "
-        "instead."
+        "its derivative holds such an array."
     )
     raise ValueError(msg)
 

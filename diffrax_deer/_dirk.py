@@ -1,4 +1,4 @@
-r"""The Jacobian of a diagonally implicit Runge-Kutta step, from its solution.
+r"""The stages of a Runge-Kutta step, and from them the Jacobian of an implicit one.
 
 With $k_i = h f(t_i, Y_i)$ and $Y_i = y + \sum_{j \le i} a_{ij} k_j$ solved, the
 implicit function theorem gives their derivatives one after another,
@@ -22,7 +22,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ._custom_types import Matrix, RealScalarLike, State
 from ._linearization import value_and_jacobian
@@ -37,30 +37,43 @@ class Tableau(NamedTuple):
     c: np.ndarray
 
 
-IMPLICIT_EULER = Tableau(np.ones((1, 1)), np.ones(1), np.ones(1))
-
-
-def dirk_tableau(tableau: diffrax.ButcherTableau) -> Tableau:
-    """The coefficients of an implicit method in diffrax's notation."""
-    assert tableau.a_diagonal is not None
-    a = np.diag(np.asarray(tableau.a_diagonal, np.float64))
+def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
+    """The coefficients of an explicit or diagonally implicit method, if it is one."""
+    # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
+    kind = type(solver)
+    if kind is diffrax.ImplicitEuler:
+        return Tableau(np.ones((1, 1)), np.ones(1), np.ones(1))
+    if not issubclass(kind, diffrax.AbstractERK | diffrax.AbstractDIRK):
+        return None
+    tableau: diffrax.ButcherTableau = solver.tableau  # pyright: ignore
+    size = tableau.num_stages
+    diagonal = np.zeros(size) if tableau.a_diagonal is None else tableau.a_diagonal
+    a = np.diag(np.asarray(diagonal, np.float64))
     for i, row in enumerate(tableau.a_lower):
         a[i + 1, : i + 1] = row
-    return Tableau(a, np.asarray(tableau.b_sol), np.append(tableau.c1, tableau.c))
+    c1 = 0.0 if tableau.c1 is None else tableau.c1
+    return Tableau(a, np.asarray(tableau.b_sol), np.append(c1, tableau.c))
 
 
-def combine(weights: np.ndarray, terms: Sequence[Array] | Array, start: Array) -> Array:
+def combine(
+    weights: Sequence[float] | np.ndarray, terms: Sequence[Array] | Array, start: Array
+) -> Array:
     """The weighted sum of `terms`, added to `start`; weights of zero cost nothing."""
     pairs = zip(weights, terms, strict=True)
     return sum((float(w) * x for w, x in pairs if w != 0), start=start)
 
 
+def time_of(node: float, x: tuple[RealScalarLike, RealScalarLike]) -> RealScalarLike:
+    """The time of a stage in the step between the two times `x`."""
+    t0, t1 = x
+    return t1 if node == 1 else t0 + float(node) * (t1 - t0)
+
+
 def dirk_jacobian(
     tableau: Tableau,
     product: Callable[[RealScalarLike, State], State],
-    x: tuple[RealScalarLike, RealScalarLike],
-    y: State,
-    ks: Float[Array, "stages state"],
+    times: Sequence[RealScalarLike],
+    states: Sequence[State],
 ) -> Matrix:
     r"""$\partial\Phi/\partial y$ of one step, `(state, state)`.
 
@@ -68,19 +81,15 @@ def dirk_jacobian(
 
     - `tableau`: the method.
     - `product(t, y)`: $h f(t, y)$.
-    - `x`: the times at the beginning and at the end of the step.
-    - `y`: the state at its beginning, `(state,)`.
-    - `ks`: the solved stages.
+    - `times`, `states`: where the solved step evaluates the field; each of the latter
+        `(state,)`.
 
     Costs D tangents of the field and, if it is implicit, a linear system with D
     right-hand sides for each stage.
     """
-    t0, t1 = x
-    stages = jnp.stack([combine(row, ks, y) for row in tableau.a])
-    times = jnp.stack([t0 + float(c) * (t1 - t0) for c in tableau.c])
     jacobian = lambda t, y: value_and_jacobian(lambda y: product(t, y), y)[1]
-    jacobians = jax.vmap(jacobian)(times, stages)
-    identity = jnp.eye(y.size, dtype=y.dtype)
+    jacobians = jax.vmap(jacobian)(jnp.stack(times), jnp.stack(states))
+    identity = jnp.eye(states[0].size, dtype=states[0].dtype)
     derivatives: list[Array] = []
     for i, row in enumerate(tableau.a):
         right = matmul(jacobians[i], combine(row[:i], derivatives, identity))

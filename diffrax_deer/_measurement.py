@@ -18,7 +18,7 @@ from ._adjoint import DEERAdjoint
 from ._custom_types import Args, RealScalarLike, State, VectorField, Y
 from ._linearization import value_and_jacobian
 from ._solver import DEERSolver
-from ._step_map import ravel
+from ._step_map import SolverStep, ravel
 
 # Above it the norm of a Jacobian is found by power iteration, not from all columns.
 _LARGEST_DENSE = 64
@@ -122,11 +122,23 @@ def _power(f: VectorField, y: State) -> Float[Array, ""]:
     return lax.fori_loop(0, _POWER_ITERATIONS, iterate, init)[1]
 
 
+def coupled(
+    problem: Problem, solver: DEERSolver, ts: Array | np.ndarray
+) -> tuple[SolverStep, State]:
+    """The step and the initial value of what is solved for, quadratures left out.
+
+    If there is nothing else, of everything.
+    """
+    parts = solver.partition(problem.terms, ts, problem.y0, problem.args)
+    y0, _ = ravel(problem.y0)
+    z0, _ = parts.split(y0)
+    return (parts.coupled, z0) if z0.size > 0 else (parts.whole, y0)
+
+
 @eqx.filter_jit
 def _along(problem: Problem, solver: DEERSolver, ts: Array, points: Array):
     """Growth of tangents in each step, and the norm of the Jacobian at `points`."""
-    y0, _ = ravel(problem.y0)
-    inner = solver.inner_step(problem.terms, problem.y0, problem.args)
+    inner, y0 = coupled(problem, solver, ts)
     xs = ts[:-1], ts[1:]
 
     def step(carry, x):

@@ -1,6 +1,7 @@
 """`DEERSolver`: a window of steps of any diffrax solver, solved at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -20,12 +21,21 @@ from ._checks import (
     check_tolerance,
     check_window_state,
 )
-from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from ._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    State,
+    States,
+    Y,
+)
 from ._forward import AbstractForward, ParallelForward
 from ._interpolation import WindowInterpolations
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
 from ._newton import NewtonIteration
 from ._predictor import AbstractPredictor, CoarsePredictor
+from ._quadrature import Partition, partition
 from ._step_map import SolverStep, prepare, ravel, rounding, widest
 from ._trajectory import Trajectory, largest_error, solve_grid
 
@@ -213,10 +223,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         state = WindowState(ts, ys, jnp.array(0, int), zero)
         return lax.stop_gradient(state)
 
-    def _iteration(self, inner: SolverStep, y0: Y, num_windows: int) -> NewtonIteration:
+    def _iteration(
+        self, inner: SolverStep, y0: State, num_windows: int
+    ) -> NewtonIteration:
         limit, window = self.max_iterations, self.window
         if window is None:
-            window = _ENTRIES // max(ravel(y0)[0].size, 1) ** 2
+            window = _ENTRIES // max(y0.size, 1) ** 2
             # Not a matter of the result: at worst slower, should it run elsewhere.
             on_cpu = jax.default_backend() == "cpu"
             window = _CPU_WINDOW if on_cpu else max(window, _CPU_WINDOW)
@@ -228,7 +240,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             linearization,
             PlatformScan() if self.scan is None else self.scan,
             CoarsePredictor() if self.predictor is None else self.predictor,
-            rounding(y0) ** 0.75 if self.rtol is None else self.rtol,
+            rounding(inner.unravel(y0)) ** 0.75 if self.rtol is None else self.rtol,
             0.0 if self.atol is None else self.atol,
             None if limit is None else limit * num_windows,
             window,
@@ -280,8 +292,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         args: Args,
         solver_state: WindowState,
         *,
+        guess: States | None = None,
         forward: AbstractForward | None = None,
         num_windows: int = 1,
+        may_be_rejected: bool = False,
     ) -> Trajectory:
         """Solves the steps of one or of several consecutive windows, all at once.
 
@@ -290,22 +304,59 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         - `terms`, `y0`, `args`: as for any diffrax solver.
         - `ts`: the times of all the steps, increasing.
         - `solver_state`: what the guess is taken from.
-        - `forward`: in place of the solver's own.
+        - `guess`, `(time, state)`, and `forward`: in place of the solver's own.
         - `num_windows`: how many windows `ts` consists of; `max_iterations` is for one.
+        - `may_be_rejected`: whether the derivative has to be finite, though multiplied
+            by zero, where the solution is not. It always is where that of `solve` is.
 
         **Returns:**
 
         A `Trajectory`, differentiable.
         """
         flat, _ = ravel(y0)
-        inner = self.inner_step(terms, y0, args)
+        parts = self.partition(terms, ts, y0, args)
         if forward is None:
             forward = ParallelForward() if self.forward is None else self.forward
-        iteration = self._iteration(inner, y0, num_windows)
+        coupled, _ = parts.split(flat)
+        iteration = self._iteration(parts.coupled, coupled, num_windows)
         if isinstance(forward, ParallelForward) and iteration.linearization.is_dense:
-            check_size(min(len(ts) - 1, iteration.window or len(ts)), flat.size)
-        guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
-        return solve_grid(inner, ts, flat, guess, forward, iteration)
+            check_size(min(len(ts) - 1, iteration.window or len(ts)), coupled.size)
+        if guess is None:
+            guess = self._guess(terms, ts, y0, solver_state).astype(flat.dtype)
+        return solve_grid(parts, ts, flat, guess, forward, iteration, may_be_rejected)
+
+    def partition(
+        self, terms: PyTree[diffrax.AbstractTerm], ts: Any, y0: Y, args: Args
+    ) -> Partition:
+        """The step of the inner solver, without quadratures, and theirs.
+
+        `ts` are at least two times, of any one step.
+        """
+        return partition(self.inner_step(terms, y0, args), (ts[0], ts[1]), y0)
+
+    def quadratures(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> PyTree[bool]:
+        """Which leaves of `y0` are left out of the Newton system.
+
+        A leaf that no component of the vector field depends on, by its dataflow, is a
+        quadrature: the log-density of a continuous normalizing flow, a running cost.
+        It costs no Jacobian column and is summed up once, along the converged solution
+        of the others; value and gradient are the same. Found with the Runge-Kutta
+        methods of diffrax, `Euler`, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
+
+        The arguments are those of `init`. **Returns:** a pytree as `y0`, of booleans.
+        """
+        y0 = jax.tree.map(jnp.asarray, y0)
+        parts = self.partition(terms, (t0, t1), y0, args)
+        is_none = lambda x: x is None
+        found = lambda y, zero: jax.tree.map(lambda _: zero is not None, y)
+        return jax.tree.map(found, y0, parts.zeros, is_leaf=is_none)
 
     def step(
         self,
@@ -321,7 +372,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         del made_jump
         check_window_state(solver_state, self.num_steps)
         ts = self.grid(t0, t1)
-        trajectory = self.trajectory(terms, ts, y0, args, solver_state)
+        trajectory = self.trajectory(
+            terms, ts, y0, args, solver_state, may_be_rejected=True
+        )
         # The step of the converged trajectory, once more for what is not a state: a
         # plain function of the solution, differentiated as such.
         errors, infos, inner_okay = trajectory.details()

@@ -15,7 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Args, DenseInfo, Matrix, RealScalarLike, State, Y
-from ._dirk import IMPLICIT_EULER, combine, dirk_jacobian, dirk_tableau
+from ._dirk import Tableau, combine, dirk_jacobian, tableau_of, time_of
 from ._linearization import value_and_jacobian
 
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
@@ -114,9 +114,10 @@ class SolverStep(eqx.Module):
         t0, t1 = x
         control = self.terms.contr(t0, t1)
         middle = t0 + (t1 - t0) / 2
-        return self._product(middle, y, control)
+        return self.product(middle, y, control)
 
-    def _product(self, t: RealScalarLike, y: State, control: PyTree[Any]) -> State:
+    def product(self, t: RealScalarLike, y: State, control: PyTree[Any]) -> State:
+        """The product of the vector field and of a `control` of the terms."""
         # In terms of controls, not of `t1 - t0`: backwards in time the sign is there.
         out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
         return ravel(out)[0].astype(y.dtype)
@@ -127,18 +128,39 @@ class SolverStep(eqx.Module):
 
     def jacobian(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> Matrix:
         """The derivative of the step with respect to the state, `(state, state)`."""
+        tableau = tableau_of(self.solver)
+        if tableau is None or not self.is_one_field:
+            return value_and_jacobian(lambda y: self.step(x, y), y)[1]
+        control = self.terms.contr(*x)
+        product = lambda t, y: self.product(t, y, control)
+        return dirk_jacobian(tableau, product, *self._solved_stages(tableau, x, y))
+
+    def _solved_stages(
+        self, tableau: Tableau, x: tuple[RealScalarLike, RealScalarLike], y: State
+    ) -> tuple[list[RealScalarLike], list[State]]:
+        """Times and states at which the step evaluates the field."""
         # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
-        kind = type(self.solver)
-        control = self.terms.contr(*x) if self.is_one_field else None
-        product = lambda t, y: self._product(t, y, control)
-        if kind is diffrax.ImplicitEuler:
-            ks = (self.step(x, y) - y)[None]
-            return dirk_jacobian(IMPLICIT_EULER, product, x, y, ks)
-        if issubclass(kind, diffrax.AbstractDIRK) and self.is_one_field:
-            ks = jax.vmap(lambda k: ravel(k)[0])(self.full(x, y)[2]["k"])
-            tableau = dirk_tableau(self.solver.tableau)  # pyright: ignore
-            return dirk_jacobian(tableau, product, x, y, ks)
-        return value_and_jacobian(lambda y: self.step(x, y), y)[1]
+        if issubclass(type(self.solver), diffrax.AbstractERK):
+            return self._explicit_stages(x, y)[:2]
+        y1, _, info, _ = self.full(x, y)
+        ks = (y1 - y)[None]
+        if "k" in info:
+            ks = jax.vmap(lambda k: ravel(k)[0])(info["k"])
+        times = [time_of(c, x) for c in tableau.c]
+        return times, [combine(row, ks, y) for row in tableau.a]
+
+    def nodes(
+        self, x: tuple[RealScalarLike, RealScalarLike], y: State
+    ) -> list[tuple[float, RealScalarLike, State]] | None:
+        """Weights, times and states of the quadrature that a step makes of the field.
+
+        `None` if the step is not that of a Runge-Kutta method.
+        """
+        tableau = tableau_of(self.solver)
+        if tableau is None:
+            return None
+        stages = zip(tableau.b, *self._solved_stages(tableau, x, y), strict=True)
+        return [(float(weight), t, y) for weight, t, y in stages if weight != 0]
 
     def leap(
         self,
@@ -167,7 +189,7 @@ class SolverStep(eqx.Module):
         """A step with its error estimate, dense information and result."""
         # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
         if issubclass(type(self.solver), diffrax.AbstractERK):
-            return self._explicit(self.solver.tableau, x, y)  # pyright: ignore
+            return self._explicit(x, y)
         return self._general(x, y)
 
     def _general(self, x, y):
@@ -180,21 +202,29 @@ class SolverStep(eqx.Module):
         error = None if y_error is None else ravel(y_error)[0]
         return ravel(y1)[0], error, dense_info, result
 
-    def _explicit(self, tableau: diffrax.ButcherTableau, x, y):
+    def _explicit_stages(
+        self, x: tuple[RealScalarLike, RealScalarLike], y: State
+    ) -> tuple[list[RealScalarLike], list[State], list[State]]:
+        """Times, states, and the field there times the length of the step."""
         # Unrolled: diffrax runs the stages in a loop, which costs twice the time
         # forward and about ten times in a Jacobian.
-        t0, t1 = x
-        control = self.terms.contr(t0, t1)
-        weighted = lambda weights, ks: combine(weights, ks, jnp.zeros_like(y))
+        tableau = self.solver.tableau  # pyright: ignore
+        control = self.terms.contr(*x)
         # Traced once, and differentiated once, for all stages; XLA inlines it.
-        product = jax.jit(lambda t, y: self._product(t, y, control))
-        stage, ks = y, [product(t0, y)]
+        product = jax.jit(lambda t, y: self.product(t, y, control))
+        times, states, ks = [x[0]], [y], [product(x[0], y)]
         for a, c in zip(tableau.a_lower, tableau.c, strict=True):
-            t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
-            stage = y + weighted(a, ks)
-            ks.append(product(t, stage))
-        y1 = stage if tableau.ssal else y + weighted(tableau.b_sol, ks)
+            times.append(time_of(c, x))
+            states.append(y + combine(a, ks, jnp.zeros_like(y)))
+            ks.append(product(times[-1], states[-1]))
+        return times, states, ks
+
+    def _explicit(self, x, y):
+        tableau = self.solver.tableau  # pyright: ignore
+        _, states, ks = self._explicit_stages(x, y)
+        weighted = lambda weights: combine(weights, ks, jnp.zeros_like(y))
+        y1 = states[-1] if tableau.ssal else y + weighted(tableau.b_sol)
         stacked = jax.vmap(self.unravel)(jnp.stack(ks))
         dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1), "k": stacked}
-        error = weighted(tableau.b_error, ks)
+        error = weighted(tableau.b_error)
         return y1, error, dense_info, diffrax.RESULTS.successful

@@ -54,14 +54,13 @@ class Record(eqx.Module):
 
 
 class _Recorded(AbstractForward):
-    """The solution is known, or else found in sequence."""
+    """The guess is known to be the solution, or else this is found in sequence."""
 
     known: bool | Bool[Array, ""]
-    ys: States
     statistics: Statistics
 
     def __call__(self, step_map, y0, xs, guess, iteration):
-        recorded = lambda: (self.ys, self.statistics)
+        recorded = lambda: (guess, self.statistics)
         if self.known is True:
             return recorded()
         find = lambda: SequentialForward()(step_map, y0, xs, guess, iteration)
@@ -89,7 +88,13 @@ def _attempt(
 
     ts = windows.solver.grid(carry.t_prev, carry.t_next)
     trajectory = windows.solver.trajectory(
-        windows.terms, ts, carry.y, windows.args, carry.solver_state, forward=forward
+        windows.terms,
+        ts,
+        carry.y,
+        windows.args,
+        carry.solver_state,
+        guess=None if record is None else record.ys,
+        forward=forward,
     )
     errors, _, inner_okay = trajectory.details()
     result = trajectory.result(inner_okay)
@@ -256,7 +261,7 @@ def _again(
             statistics = eqx.tree_at(
                 lambda s: s.num_solved, record.statistics, num_solved
             )
-            forward = _Recorded(known, record.ys, statistics)
+            forward = _Recorded(known, statistics)
             new, _, steps, end = _attempt(windows, carry, forward, record, known)
             steps = eqx.tree_at(lambda s: s.taken, steps, steps.taken & active)
             end = eqx.tree_at(lambda e: e.kept, end, end.kept & active)

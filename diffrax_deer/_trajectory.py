@@ -11,6 +11,7 @@ from ._forward import AbstractForward
 from ._implicit import linearization_points, solve
 from ._linearization import StepMap
 from ._newton import NewtonIteration, Statistics
+from ._quadrature import Partition
 from ._step_map import SolverStep
 
 
@@ -55,24 +56,31 @@ class Trajectory(eqx.Module):
 
 
 def solve_grid(
-    inner: SolverStep,
+    parts: Partition,
     ts: Float[Array, " time+1"],
     y0: State,
     guess: States,
     forward: AbstractForward,
     iteration: NewtonIteration,
+    may_be_rejected: bool,
 ) -> Trajectory:
-    """Makes all the steps of `inner` from `ts[n]` to `ts[n + 1]`, differentiably.
+    """Makes all the steps of `parts` from `ts[n]` to `ts[n + 1]`, differentiably.
 
-    The arguments are those of `solve`, whose cost it has.
+    The other arguments are those of `solve` and of `Partition.complete`. Costs what
+    `solve` does for the coupled components, and one evaluation of the others.
     """
+    xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
+    inner, (z0, _) = parts.coupled, parts.split(y0)
+    zs, _ = jax.vmap(parts.split)(guess)
     increment = inner.increment if inner.is_one_field else None
-    leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, y0)))
+    leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, z0)))
     jacobian = inner.jacobian if inner.is_implicit else None
     step_map = StepMap(inner.step, increment, jacobian, inner.leap, leaves)
-    xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
-    ys, statistics = solve(step_map, y0, xs, guess, forward, iteration, idle)
-    return Trajectory(inner, ts, y0, ys, statistics)
+    zs, statistics = solve(step_map, z0, xs, zs, forward, iteration, idle)
+    if parts.is_trivial:
+        return Trajectory(parts.whole, ts, y0, zs, statistics)
+    ys, statistics = parts.complete(y0, xs, zs, statistics, idle, may_be_rejected)
+    return Trajectory(parts.whole, ts, y0, ys, statistics)
 
 
 def largest_error(

@@ -8,20 +8,19 @@ gradients are equal; what differs is how they are made, read out and differentia
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jaxtyping import Array
 
 from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 from experiments.common.errors import ExperimentError
 from experiments.common.results import environment, format_table, write_json
+from experiments.common.timing import compile_and_time, quartiles
 
 # Solver and adjoint. The first is what the others are compared with.
 _METHODS = {
@@ -94,19 +93,10 @@ def measure(config: Config) -> dict[str, Any]:
         raise ExperimentError(msg)
     start = jnp.linspace(0.0, 1.0, config.batch_size)
     arguments = jnp.stack([1 + start, start], axis=1), jnp.array(1.0)
-    methods: dict[str, Any] = {}
-    functions, values = {}, {}
-    for name in _METHODS:
-        begin = time.perf_counter()
-        lowered = make_value_and_grad(name, config).lower(*arguments)
-        functions[name] = lowered.compile()
-        methods[name] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}
-        values[name] = jax.block_until_ready(functions[name](*arguments))
-    for _ in range(config.repeats):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            methods[name]["seconds"].append(time.perf_counter() - begin)
+    functions = {
+        name: (make_value_and_grad(name, config), arguments) for name in _METHODS
+    }
+    methods, values = compile_and_time(functions, config.repeats)
     (_, reference), *others = values.values()
     relative = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
     differences = [jax.tree.map(relative, other[1], reference) for other in others]
@@ -124,8 +114,7 @@ def table(results: dict[str, Any]) -> str:
     """One line for each method, in Markdown."""
     rows, baseline = [], None
     for name, timing in results["methods"].items():
-        quartiles = 1000 * np.percentile(timing["seconds"], (25, 50, 75))
-        first, median, third = quartiles.tolist()
+        first, median, third = quartiles(timing["seconds"])
         baseline = median if baseline is None else baseline
         rows.append(
             [

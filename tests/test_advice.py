@@ -84,6 +84,18 @@ def test_rates_of_a_linear_field(size: int, direction: int):
     np.testing.assert_allclose(lyapunov, expected, atol=0.15 if size == 100 else 0.05)
 
 
+def test_a_quadrature_is_no_part_of_the_state():
+    # Alone it would neither grow nor decay.
+    def field(t, y, args):
+        return -jnp.sin(t) - 3 * y[0], jnp.sum(y[0])
+
+    y0 = jnp.ones(2), jnp.zeros(())
+    advice = advise(diffrax.ODETerm(field), 0.0, 5.0, y0, None)
+    assert advice.state_size == 2
+    assert advice.lipschitz == pytest.approx(3, rel=1e-6)
+    assert advice.lyapunov == pytest.approx(-3, rel=1e-3)
+
+
 def test_lorenz_is_chaotic_and_solved_in_sequence():
     problem = problems["lorenz"].cast(jnp.float64)
     advice = advise(diffrax.ODETerm(problem.field), 0.0, 40.0, problem.y0, problem.args)

@@ -173,29 +173,6 @@ def test_backsolve_gives_the_continuous_gradient():
         assert_equal(gradient, expected, 1e-5)
 
 
-def test_backsolve_of_many_parameters_names_a_sequential_solver():
-    weights = jnp.zeros((200, 200))
-
-    def loss(weights):
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
-            DEERSolver(),
-            0.0,
-            1.0,
-            None,
-            jnp.ones(200),
-            weights,
-            stepsize_controller=WholeInterval(),
-            adjoint=diffrax.BacksolveAdjoint(),
-        ).ys.sum()
-
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        pytest.raises(ValueError, match=r"BacksolveAdjoint\(solver=diffrax.Tsit5\(\)"),
-    ):
-        jax.eval_shape(jax.grad(loss), weights)
-
-
 def test_implicit_adjoint_differentiates_a_steady_state():
     # Attracted by the square root of the parameter, whatever the solver.
     def steady(parameter):

@@ -1,0 +1,206 @@
+r"""Quadratures: the components that feed back into nothing.
+
+If the vector field does not depend on the components q, $\dot z = f(t, z)$ and
+$\dot q = g(t, z)$, then the Newton system is that of z alone, and a Runge-Kutta step
+adds to q what does not depend on q:
+
+$$q_n = q_0 + \sum_{m \le n} \Phi_q\bigl(x_m, (z_{m-1}, 0)\bigr),$$
+
+a sum over the converged trajectory, by the quadrature of the step map itself. The
+log-density of a continuous normalizing flow is such a component, a running cost, the
+gradient of the parameters in an adjoint equation. They are found in the dataflow of the
+vector field, leaf by leaf.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import optimistix as optx
+from jax.interpreters import partial_eval as pe
+from jaxtyping import Array, PyTree
+
+from ._causal import hold, prefix
+from ._custom_types import Args, RealScalarLike, State, States, Y
+from ._dirk import combine
+from ._exponential import ExponentialRosenbrockEuler
+from ._implicit import linearization_points
+from ._newton import Statistics
+from ._step_map import SolverStep, ravel
+
+# Their steps add to such a component what does not depend on it.
+_ADDITIVE = (
+    diffrax.AbstractRungeKutta,
+    diffrax.Euler,
+    diffrax.ImplicitEuler,
+    ExponentialRosenbrockEuler,
+)
+
+
+def _trace(f: Callable, *args: PyTree[Array]) -> tuple[Any, list[bool], Any]:
+    """`f` without dead code, which leaves of `args` it uses, and its output's shape."""
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    jaxpr, used = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return jex.core.ClosedJaxpr(jaxpr, closed.consts), used, shape
+
+
+def without_dead_code(f: Callable) -> Callable:
+    """`f`, rid of all that its result does not depend on, before it is differentiated.
+
+    Takes and returns pytrees of arrays.
+    """
+
+    def lean(*args):
+        closed, used, shape = _trace(f, *args)
+        leaves = zip(jax.tree.leaves(args), used, strict=True)
+        out = jex.core.jaxpr_as_fun(closed)(*(x for x, is_used in leaves if is_used))
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+    return lean
+
+
+def influences(f: Callable[[Y], PyTree[Array]], y: Y) -> PyTree[bool]:
+    """Whether `f` depends on it, for each leaf of `y`. By dataflow, not by value."""
+    y = jax.tree.map(jnp.asarray, y)
+    return jax.tree.unflatten(jax.tree.structure(y), _trace(f, y)[1])
+
+
+class _CoupledTerm(diffrax.AbstractTerm):
+    """A term for the components that its vector field depends on.
+
+    `rest` are the others, of any value; `None` in the place of those.
+    """
+
+    term: diffrax.AbstractTerm
+    rest: Y
+
+    def _coupled(self, y: Y) -> Y:
+        is_none = lambda x: x is None
+        return eqx.filter(y, jax.tree.map(is_none, self.rest, is_leaf=is_none))
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> PyTree[Array]:
+        return self.term.vf(t, eqx.combine(y, self.rest), args)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> Any:
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: PyTree[Array], control: Any) -> Y:
+        return self._coupled(self.term.prod(vf, control))
+
+    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: Any) -> Y:
+        whole = lambda t, y: self.term.vf_prod(
+            t, eqx.combine(y, self.rest), args, control
+        )
+        return without_dead_code(lambda t, y: self._coupled(whole(t, y)))(t, y)
+
+
+class Partition(eqx.Module):
+    """The step of the coupled components, and what to do about the others.
+
+    - `whole`: the step of all components.
+    - `coupled`: that of those on which the vector field depends, z.
+    - `zeros`: in the place of the others, q; a pytree with `None` in that of z.
+    """
+
+    whole: SolverStep
+    coupled: SolverStep
+    zeros: Y
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether there are no others."""
+        return not jax.tree.leaves(self.zeros)
+
+    def split(self, y: State) -> tuple[State, State]:
+        """Z and q of the state, each ravelled."""
+        is_none = lambda x: x is None
+        mask = jax.tree.map(is_none, self.zeros, is_leaf=is_none)
+        z, q = eqx.partition(self.whole.unravel(y), mask)
+        return ravel(z)[0], ravel(q)[0]
+
+    def join(self, z: State, q: State) -> State:
+        """The inverse of `split`."""
+        rest = ravel(self.zeros)[1](q)
+        return ravel(eqx.combine(self.coupled.unravel(z), rest))[0]
+
+    def increment(self, x: tuple[RealScalarLike, RealScalarLike], z: State) -> State:
+        """What a step adds to q."""
+        zero, _ = ravel(self.zeros)
+        nodes = self.coupled.nodes(x, z)
+        if nodes is None:
+            return self.split(self.whole.step(x, self.join(z, zero)))[1]
+        control = self.whole.terms.contr(*x)
+        whole = lambda t, z: self.whole.product(t, self.join(z, zero), control)
+        # Not all nodes at once: that many times the memory, which costs more time.
+        field = jax.jit(without_dead_code(lambda t, z: self.split(whole(t, z))[1]))
+        weights = [weight for weight, _, _ in nodes]
+        return combine(weights, [field(t, z) for _, t, z in nodes], zero)
+
+    def complete(
+        self,
+        y0: State,
+        xs: PyTree[Array],
+        zs: States,
+        statistics: Statistics,
+        idle: PyTree[Array],
+        may_be_rejected: bool,
+    ) -> tuple[States, Statistics]:
+        """The whole trajectory, from that of z; both differentiable.
+
+        A step counts as solved if both are finite. If it `may_be_rejected` because q is
+        not, its derivative has to be finite: that costs one more evaluation.
+        """
+        z0, q0 = self.split(y0)
+
+        def sums(statistics):
+            starts = linearization_points(z0, xs, zs, statistics, idle)
+            increments = jax.vmap(self.increment)(*starts)
+            qs = jnp.cumsum(jnp.concatenate([q0[None], increments]), axis=0)[1:]
+            num_finite = prefix(jnp.all(jnp.isfinite(qs), axis=-1))
+            num_solved = jnp.minimum(statistics.num_solved, num_finite)
+            result = optx.RESULTS.where(
+                num_finite < statistics.num_solved,
+                optx.RESULTS.nonfinite,
+                statistics.result,
+            )
+            changes = num_solved, result
+            return qs, eqx.tree_at(
+                lambda s: (s.num_solved, s.result), statistics, changes
+            )
+
+        if may_be_rejected:
+            statistics = jax.lax.stop_gradient(sums(statistics)[1])
+        qs, statistics = sums(statistics)
+        zs = hold(z0, zs, statistics.num_solved)
+        qs = hold(q0, qs, statistics.num_solved)
+        return jax.vmap(self.join)(zs, qs), statistics
+
+
+def partition(
+    inner: SolverStep, x: tuple[RealScalarLike, RealScalarLike], y: Y
+) -> Partition:
+    """Divides the components of `y`; `x` are the times of any one step."""
+    y = jax.tree.map(jnp.asarray, y)
+    solver = inner.solver
+    while type(solver) is diffrax.HalfSolver:
+        solver = solver.solver
+    is_coupled = jax.tree.map(lambda _: True, y)
+    if inner.is_one_field and issubclass(type(solver), _ADDITIVE):
+        control = inner.terms.contr(*x)
+        product = lambda y: inner.terms.vf_prod(x[0], y, inner.args, control)
+        is_coupled = influences(product, y)
+    z, q = eqx.partition(y, is_coupled)
+    zeros = jax.tree.map(jnp.zeros_like, q)
+    if not jax.tree.leaves(zeros):
+        return Partition(inner, inner, zeros)
+    is_term = lambda x: isinstance(x, diffrax.AbstractTerm)
+    is_one = lambda x: is_term(x) and not isinstance(x, diffrax.MultiTerm)
+    terms = jax.tree.map(
+        lambda term: _CoupledTerm(term, zeros), inner.terms, is_leaf=is_one
+    )
+    coupled = SolverStep(inner.solver, terms, inner.args, ravel(z)[1])
+    return Partition(inner, coupled, zeros)
