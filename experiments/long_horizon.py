@@ -54,7 +54,7 @@ class Config:
         smoke: Only a quick check that everything runs.
     """
 
-    dims: tuple[int, ...] = (2, 4, 8)
+    dims: tuple[int, ...] = (2, 8)
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     width: int = 32
     num_steps: int = 512
