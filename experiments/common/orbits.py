@@ -1,12 +1,45 @@
 """The orbits of two bodies, drawn without a display."""
 
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
+import jax
 import numpy as np
+from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from experiments.common.files import write_atomically
+from experiments.common.hamiltonian import HamiltonianNetwork, solve
 from experiments.common.plotting import STYLES
+from experiments.common.training import Run
+from experiments.common.two_body import TwoBodyData
+
+_NUM_DRAWN = 3
+
+
+def draw_orbits(
+    data: TwoBodyData, options: dict[str, Any], runs: dict[str, Run], folder: Path
+) -> None:
+    """Draws the first orbits of the test, true and as the trained models have them.
+
+    Args:
+        data: where the true ones are.
+        options: arguments of `diffrax.diffeqsolve`; the same for all models, since it
+            is them that are to be seen, and not the errors of a solver.
+        runs: the models by name.
+        folder: where `orbits.png` goes.
+    """
+
+    @eqx.filter_jit
+    def predict(model: HamiltonianNetwork, y0s: Array, ts: Array) -> Array:
+        return jax.vmap(lambda y0: solve(model, y0, ts, **options).ys)(y0s)
+
+    start = jax.device_put((data.test_y0[:_NUM_DRAWN], data.ts))
+    orbits = {
+        name: np.asarray(predict(run.state.model, *start)) for name, run in runs.items()
+    }
+    plot_orbits(folder / "orbits.png", data.test_ys[:_NUM_DRAWN], orbits)
 
 
 def plot_orbits(
