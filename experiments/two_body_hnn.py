@@ -54,7 +54,7 @@ METRICS = (
     Metric(
         "trajectory_error",
         "trajectory error",
-        axis="test error of positions (root mean square)",
+        axis="test error of positions",
         spec=".3f",
         scale="log",
     ),
@@ -62,13 +62,14 @@ METRICS = (
     Metric("num_iterations_warm", "iterations, warm", axis="iterations", spec=".1f"),
 )
 # At equal tolerances Dopri5 is several times less accurate than Tsit5.
-_TOLERANCE_FACTORS = {"dopri5": 0.2}
+_TOLERANCE_FACTORS = {"dopri5": 0.4}
 
 
 def _by_platform(cpu: Any, other: Any) -> Any:
     """The default of a setting, on a CPU and elsewhere."""
-    choose = lambda: cpu if jax.default_backend() == "cpu" else other
-    return dataclasses.field(default_factory=choose)
+    return dataclasses.field(
+        default_factory=lambda: cpu if jax.default_backend() == "cpu" else other
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +80,16 @@ class Config(TrainingConfig):
 
     Attributes:
         learning_rate: Initial learning rate of Adam, decayed to zero along a cosine.
-        rtol: Relative tolerance of Tsit5; that of Dopri5 is a fifth of it.
-        atol: Absolute tolerance of Tsit5; that of Dopri5 is a fifth of it.
+        rtol: Relative tolerance of Tsit5; Dopri5 gets 0.4 of it.
+        atol: Absolute tolerance of Tsit5; Dopri5 gets 0.4 of it.
         num_steps: Number of steps of DEER over the longest horizon.
         num_times: Number of times at which trajectories are compared.
         num_train: Number of trajectories for training.
         num_validation: Number of trajectories for validation.
         num_test: Number of trajectories for the test.
         stages: Number of horizons, the longest included; a step is compiled for each.
+        warm_start: Whether DEER begins with the trajectory that the sample had when it
+            was last seen, or with a prediction.
         width: Width of the hidden layers of the energy.
         depth: Number of them.
         dtype: Precision of everything but the data, which is exact in float64.
@@ -96,15 +99,16 @@ class Config(TrainingConfig):
     steps: int = _by_platform(500, 20_000)
     batch_size: int = _by_platform(8, 16)
     learning_rate: float = _by_platform(3e-3, 1e-3)
-    rtol: float = 1e-6
-    atol: float = 1e-6
-    num_steps: int = 48
+    rtol: float = 5e-6
+    atol: float = 5e-6
+    num_steps: int = _by_platform(24, 32)
     evaluations: int = _by_platform(6, 40)
     num_times: int = _by_platform(1000, 10_000)
     num_train: int = _by_platform(128, 800)
     num_validation: int = _by_platform(16, 100)
     num_test: int = _by_platform(16, 100)
     stages: int = _by_platform(2, 4)
+    warm_start: bool = True
     width: int = 64
     depth: int = 6
     dtype: Literal["float32", "float64"] = _by_platform("float32", "float64")
@@ -239,7 +243,7 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
         options_for = functools.partial(config.solve_options, name)
         # Only the parallel solve has a use for a guess.
         memory = None
-        if name == "deer":
+        if name == "deer" and config.warm_start:
             solver, term = (
                 options_for(config.num_times)["solver"],
                 diffrax.ODETerm(model),
@@ -256,14 +260,7 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment.
-
-    Args:
-        config: the settings.
-
-    Returns:
-        The content of `results.json`.
-    """
+    """Runs the experiment; returns the content of `results.json`."""
     config.check()
     config = config.reduced() if config.smoke else config
     # Float32 means float32, and not what a GPU makes of it for speed.
@@ -287,7 +284,7 @@ def main(config: Config) -> dict[str, Any]:
             optimizer=make_optimizer(config),
             batches_from=batches_from,
             metrics=METRICS,
-            loss_label="training loss (mean squared error)",
+            loss_label="training loss",
             draw=functools.partial(draw_orbits, data, config.reference),
         )
         return carry_out(experiment, config)

@@ -45,7 +45,7 @@ def draw_orbits(
 def plot_orbits(
     path: Path, truth: np.ndarray, predictions: dict[str, np.ndarray]
 ) -> None:
-    """Draws true and predicted orbits, one panel for each pair of bodies.
+    """Draws true and predicted orbits of the first body, in one panel each.
 
     Args:
         path: where the image goes.
@@ -55,22 +55,18 @@ def plot_orbits(
     figure = Figure(figsize=(9.0, 3.9), layout="constrained")
     axes = figure.subplots(1, len(truth), squeeze=False)[0]
     for index, ax in enumerate(axes):
-        true = {"color": "lightgray", "linewidth": 7.0}
-        _draw_pair(ax, truth[index], true, "true orbit")
+        x, y = truth[index, :, :2].T
+        true = {"color": "silver", "linewidth": 7.0, "solid_capstyle": "butt"}
+        ax.plot(x, y, **true, label="truth")
         for number, (name, orbits) in enumerate(predictions.items()):
-            _draw_pair(ax, orbits[index], STYLES[number % len(STYLES)], name)
-        ax.plot(*truth[index, -1, :4].reshape(2, 2).T, "ko", label="true end")
-        ax.set(xlabel="x (unit of length)", aspect="equal")
+            style = STYLES[number % len(STYLES)] | {"marker": "o", "markevery": [-1]}
+            ax.plot(*orbits[index, :, :2].T, **style, label=name)
+        ax.plot(x[-1], y[-1], "kx", markersize=9, markeredgewidth=2, label="true end")
+        ax.set(xlabel="x (units of length)", aspect="equal")
         ax.set_adjustable("datalim")
+        ax.margins(0.1)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("y (unit of length)")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6
-    )
+    axes[0].set_ylabel("y (units of length)")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2 + len(predictions))
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
-
-
-def _draw_pair(ax, orbit: np.ndarray, style: dict, label: str) -> None:
-    """One line for each body, of which only the first is in the legend."""
-    ax.plot(orbit[:, 0], orbit[:, 1], **style, label=label)
-    ax.plot(orbit[:, 2], orbit[:, 3], **style)
