@@ -14,8 +14,9 @@ number of steps are such that all are about equally far from the exact solution.
 
     python -m experiments.two_body_hnn
 
-The size is the paper's, but for the number of training steps, wherever there is a GPU;
-on a CPU there are fewer trajectories, times and training steps, and float32.
+Wherever there is a GPU the size is the paper's, but for fewer training steps and stages
+and a learning rate that decays. On a CPU there are fewer trajectories, times and steps,
+smaller batches, and float32: the orbits are learned roughly, equally with all solvers.
 """
 
 import dataclasses
@@ -190,10 +191,10 @@ def make_evaluate(
         solution = solve(model, y0, ts, **options)
         exact = solve(model, y0, ts, **config.reference).ys
         nfe, iterations = count_work(options["solver"], solution, y0.size)
-        distances = (solution.ys - truth)[:, :4].reshape(-1, 2, 2)
+        offsets = (solution.ys - truth)[:, :4]  # of two bodies, in two directions
         energy, at_first = two_body.energy(solution.ys), two_body.energy(y0)
         return {
-            "trajectory_error": jnp.sqrt(2 * jnp.mean(distances**2)),
+            "trajectory_error": jnp.sqrt(2 * jnp.mean(offsets**2)),
             "energy_drift": jnp.mean(jnp.abs(energy / at_first - 1)),
             "solve_error": jnp.max(jnp.abs(solution.ys - exact)),
             "nfe": nfe,
