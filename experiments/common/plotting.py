@@ -13,7 +13,7 @@ _WINDOW = 20  # steps over which the loss is averaged
 
 # The curves of methods that compute the same thing lie on top of each other: broken
 # lines of decreasing width let all of them be seen.
-_STYLES = (
+STYLES = (
     {"color": "tab:orange", "linestyle": "-", "linewidth": 3.0},
     {"color": "tab:blue", "linestyle": "--", "linewidth": 2.0},
     {"color": "black", "linestyle": ":", "linewidth": 1.8},
@@ -38,7 +38,7 @@ def plot_training(
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for index, (name, record) in enumerate(records.items()):
-        style = _STYLES[index % len(_STYLES)]
+        style = STYLES[index % len(STYLES)]
         seconds = np.cumsum(record.step_seconds)
         losses = _smooth(np.asarray(record.losses))
         values = [evaluation[metric.name] for evaluation in record.evaluations]
@@ -51,7 +51,7 @@ def plot_training(
     axes[0, 0].set_ylabel(f"{loss_label}, mean of {_WINDOW} steps")
     if all(min(record.losses) > 0 for record in records.values()):
         axes[0, 0].set_yscale("log")
-    axes[1, 0].set(ylabel=metric.axis, xlabel="training steps")
+    axes[1, 0].set(ylabel=metric.axis, yscale=metric.scale, xlabel="training steps")
     axes[1, 1].set(xlabel="time in training steps (s), compilation excluded")
     figure.align_ylabels()
     for ax in axes.flat:

@@ -26,13 +26,19 @@ class Metric:
         name: its key.
         column: the head of its column in tables.
         axis: its name on an axis, with the unit.
-        spec: how to write a value, `".1%"` for example.
+        spec: how to write a value, `".1%"` for example. A value may be `None`, too.
+        scale: `"linear"` or `"log"`, of the axis.
     """
 
     name: str
     column: str
     axis: str
     spec: str
+    scale: str = "linear"
+
+    def format(self, value: float | None) -> str:
+        """Writes a value as it stands in a table."""
+        return "-" if value is None else format(value, self.spec)
 
 
 _PACKAGES = ("jax", "jaxlib", "diffrax", "equinox", "optax", "diffrax_deer")
@@ -104,7 +110,7 @@ def comparison_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     rows = []
     for name, solver in results["solvers"].items():
         final, timing = solver["final"], solver["timing"]
-        row = [name, *(format(final[metric.name], metric.spec) for metric in metrics)]
+        row = [name, *(metric.format(final[metric.name]) for metric in metrics)]
         row += [*_describe_timing(timing), f"{final['nfe']:.0f}"]
         iterations, median = final["num_iterations"], "step_seconds_median"
         row.append("-" if iterations is None else f"{iterations:.1f}")

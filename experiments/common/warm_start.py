@@ -1,0 +1,58 @@
+"""The trajectory of every sample, kept from one training step to the next as a guess.
+
+The memory is the `WindowState` of all samples, stacked, over the longest horizon. While
+training goes over a shorter one, a prefix of the same grid, the rest of the entries
+repeat the last time: nothing is known there, which the solver fills by prediction.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from diffrax_deer import DEERSolver, WindowState
+
+
+def cold(
+    solver: DEERSolver, term: Any, t1: float, y0s: Float[Array, "sample state"]
+) -> WindowState:
+    """The memory of samples of which nothing is known yet.
+
+    Args:
+        solver: solves over the longest horizon.
+        term: the vector field.
+        t1: the end of the longest horizon, which begins at zero.
+        y0s: what the samples start from.
+    """
+    return jax.vmap(lambda y0: solver.init(term, 0.0, t1, y0, None))(y0s)
+
+
+def recall(
+    memory: WindowState, indices: Int[Array, " batch"], num_steps: int
+) -> WindowState:
+    """What is known of some samples, as far as the first `num_steps` steps."""
+    state = jax.tree.map(lambda x: x[indices], memory)
+    ts, ys = (x[:, : num_steps + 1] for x in (state.ts, state.ys))
+    return WindowState(ts, ys, state.num_iterations, state.residual)
+
+
+def remember(
+    memory: WindowState, indices: Int[Array, " batch"], state: WindowState
+) -> WindowState:
+    """The memory with the states of some samples, of a horizon as long or shorter."""
+    missing = memory.ts.shape[1] - state.ts.shape[1]
+    ts = jnp.pad(state.ts, ((0, 0), (0, missing)), mode="edge")
+    ys = jnp.pad(state.ys, ((0, 0), (0, missing), (0, 0)), mode="edge")
+    state = WindowState(ts, ys, state.num_iterations, state.residual)
+    return jax.tree.map(lambda old, new: old.at[indices].set(new), memory, state)
+
+
+def mean_iterations(memory: WindowState | None) -> float | None:
+    """Newton iterations of the last solve of each sample; `None` before the first."""
+    if memory is None:
+        return None
+    used = memory.ts[:, -1] > memory.ts[:, 0]
+    if not used.any():
+        return None
+    return float(memory.num_iterations[used].mean())

@@ -1,0 +1,298 @@
+"""A Hamiltonian neural network learns the motion of two bodies, as in DEER's paper.
+
+A network H(q, p) stands in for the energy, and the bodies move by Hamilton's equations,
+
+    dq/dt = dH/dp,    dp/dt = -dH/dq,    0 <= t <= 10.
+
+The loss is the mean squared distance from the true trajectories at many times. Training
+goes over a horizon that grows in a few stages, with steps of the same length, so that
+the grid of one stage begins with that of the stage before it. DEER begins every solve
+with the trajectory that the sample had when it was last seen.
+
+Every solver trains the same initial weights on the same batches. The tolerances and the
+number of steps are such that all are about equally far from the exact solution.
+
+    python -m experiments.two_body_hnn
+
+Wherever there is a GPU the size is the paper's, but for fewer training steps and stages
+and a learning rate that decays. On a CPU there are fewer trajectories, times and steps,
+smaller batches, and float32: the orbits are learned roughly, equally with all solvers.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array
+
+from diffrax_deer import DEERAdjoint, DEERSolver
+from experiments.common import datasets, two_body, warm_start
+from experiments.common.errors import ExperimentError
+from experiments.common.experiment import (
+    Experiment,
+    TrainingConfig,
+    carry_out,
+    check_settings,
+)
+from experiments.common.hamiltonian import HamiltonianNetwork, make_loss, solve
+from experiments.common.orbits import draw_orbits
+from experiments.common.results import Metric
+from experiments.common.solvers import SolverName, count_work, solve_options
+from experiments.common.training import Run, TrainState, init_state
+
+METRICS = (
+    Metric(
+        "trajectory_error",
+        "trajectory error",
+        axis="test error of positions",
+        spec=".3f",
+        scale="log",
+    ),
+    Metric("energy_drift", "energy drift", axis="energy drift", spec=".1%"),
+    Metric("num_iterations_warm", "iterations, warm", axis="iterations", spec=".1f"),
+)
+# At equal tolerances Dopri5 is several times less accurate than Tsit5.
+_TOLERANCE_FACTORS = {"dopri5": 0.4}
+
+
+def _by_platform(cpu: Any, other: Any) -> Any:
+    """The default of a setting, on a CPU and elsewhere."""
+    return dataclasses.field(
+        default_factory=lambda: cpu if jax.default_backend() == "cpu" else other
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Trains a Hamiltonian neural network with several solvers and compares them.
+
+    Defaults depend on whether there is anything but a CPU.
+
+    Attributes:
+        learning_rate: Initial learning rate of Adam, decayed to zero along a cosine.
+        rtol: Relative tolerance of Tsit5; Dopri5 gets 0.4 of it.
+        atol: Absolute tolerance of Tsit5; Dopri5 gets 0.4 of it.
+        num_steps: Number of steps of DEER over the longest horizon.
+        num_times: Number of times at which trajectories are compared.
+        num_train: Number of trajectories for training.
+        num_validation: Number of trajectories for validation.
+        num_test: Number of trajectories for the test.
+        stages: Number of horizons, the longest included; a step is compiled for each.
+        warm_start: Whether DEER begins with the trajectory that the sample had when it
+            was last seen, or with a prediction.
+        width: Width of the hidden layers of the energy.
+        depth: Number of them.
+        dtype: Precision of everything but the data, which is exact in float64.
+        out: Folder for checkpoint, results and plots.
+    """
+
+    steps: int = _by_platform(500, 20_000)
+    batch_size: int = _by_platform(8, 16)
+    learning_rate: float = _by_platform(3e-3, 1e-3)
+    rtol: float = 5e-6
+    atol: float = 5e-6
+    num_steps: int = _by_platform(24, 32)
+    evaluations: int = _by_platform(6, 40)
+    num_times: int = _by_platform(1000, 10_000)
+    num_train: int = _by_platform(128, 800)
+    num_validation: int = _by_platform(16, 100)
+    num_test: int = _by_platform(16, 100)
+    stages: int = _by_platform(2, 4)
+    warm_start: bool = True
+    width: int = 64
+    depth: int = 6
+    dtype: Literal["float32", "float64"] = _by_platform("float32", "float64")
+    out: Path = Path("runs/two_body_hnn")
+
+    def reduced(self) -> "Config":
+        """The same experiment, small enough to take seconds."""
+        largest = {"steps": 4, "batch_size": 2, "evaluations": 2, "width": 4}
+        largest |= {"depth": 1, "num_train": 4, "num_validation": 2, "num_test": 2}
+        small = {name: min(getattr(self, name), n) for name, n in largest.items()}
+        return dataclasses.replace(
+            self, num_steps=8, num_times=10, stages=min(self.stages, 2), **small
+        )
+
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        sizes = ("num_times", "num_train", "num_validation", "num_test")
+        check_settings(self, dict.fromkeys((*sizes, "stages", "width", "depth"), 1))
+        if self.batch_size > self.num_train:
+            msg = (
+                f"--batch-size is {self.batch_size}, but there are only "
+                f"{self.num_train} trajectories. Lower it, or raise --num-train."
+            )
+            raise ExperimentError(msg)
+        for name in ("num_times", "num_steps"):
+            if getattr(self, name) % self.stages != 0:
+                msg = (
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, which "
+                    f"--stages {self.stages} does not divide. Choose a multiple."
+                )
+                raise ExperimentError(msg)
+
+    def num_times_at(self, step: int) -> int:
+        """How many times the training step after `step` others goes over."""
+        stage = 1 + step * self.stages // self.steps
+        return self.num_times // self.stages * stage
+
+    def solve_options(self, name: SolverName, num_times: int) -> dict[str, Any]:
+        """The arguments of `diffrax.diffeqsolve` for the first `num_times` times."""
+        factor = _TOLERANCE_FACTORS.get(name, 1.0)
+        num_steps = self.num_steps * num_times // self.num_times
+        options = solve_options(factor * self.rtol, factor * self.atol, num_steps)[name]
+        if isinstance(options["solver"], DEERSolver):
+            options["adjoint"] = DEERAdjoint()
+        return options
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """The arguments for a solution to compare with: of order eight."""
+        return {
+            "solver": diffrax.Dopri8(),
+            "stepsize_controller": diffrax.ConstantStepSize(),
+            "dt0": two_body.HORIZON / (2 * self.num_steps),
+        }
+
+
+def make_evaluate(
+    config: Config, name: SolverName, data: two_body.TwoBodyData
+) -> Callable[[TrainState], dict[str, float | None]]:
+    """How far predicted trajectories are from true ones, and what a solve costs.
+
+    All are means over the trajectories of the test, over the longest horizon and from a
+    cold start:
+
+    - `trajectory_error`: root mean square of the distance of a body from where it is;
+    - `energy_drift`: mean change of the true energy along the prediction, relative;
+    - `solve_error`: largest error of a component, against a method of higher order;
+    - `nfe`, `num_iterations`: see `count_work`.
+
+    `validation_loss` is the loss for the trajectories of the validation, and
+    `num_iterations_warm` the mean of what the samples took when they were last trained
+    with.
+    """
+    options = config.solve_options(name, config.num_times)
+
+    def measure_one(
+        model: HamiltonianNetwork, y0: Array, truth: Array, ts: Array
+    ) -> dict[str, Array | None]:
+        solution = solve(model, y0, ts, **options)
+        exact = solve(model, y0, ts, **config.reference).ys
+        nfe, iterations = count_work(options["solver"], solution, y0.size)
+        offsets = (solution.ys - truth)[:, :4]  # of two bodies, in two directions
+        energy, at_first = two_body.energy(solution.ys), two_body.energy(y0)
+        return {
+            "trajectory_error": jnp.sqrt(2 * jnp.mean(offsets**2)),
+            "energy_drift": jnp.mean(jnp.abs(energy / at_first - 1)),
+            "solve_error": jnp.max(jnp.abs(solution.ys - exact)),
+            "nfe": nfe,
+            "num_iterations": iterations,
+        }
+
+    @eqx.filter_jit
+    def measure(model, test, validation, ts):
+        values = jax.vmap(lambda y0, ys: measure_one(model, y0, ys, ts))(*test)
+        y0s, truth = validation
+        ys = jax.vmap(lambda y0: solve(model, y0, ts, **options).ys)(y0s)
+        losses = {"validation_loss": jnp.mean((ys - truth) ** 2)}
+        return jax.tree.map(jnp.mean, values | losses)
+
+    test = data.test_y0, data.test_ys
+    arrays = jax.device_put((test, (data.validation_y0, data.validation_ys), data.ts))
+
+    def evaluate(state: TrainState) -> dict[str, float | None]:
+        values = measure(state.model, *arrays)
+        values |= {"num_iterations_warm": warm_start.mean_iterations(state.memory)}
+        return {name: None if v is None else float(v) for name, v in values.items()}
+
+    return evaluate
+
+
+def load_data(config: Config) -> two_body.TwoBodyData:
+    """Loads the trajectories in the precision of the model."""
+    nums = config.num_train, config.num_validation, config.num_test
+    data = two_body.load(config.data_dir, config.num_times, *nums)
+    arrays = {name: x.astype(config.dtype) for name, x in vars(data).items()}
+    return two_body.TwoBodyData(**arrays)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam with a decaying learning rate."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    return optax.adam(schedule)
+
+
+def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
+    """One run a solver, all from the same weights and random key."""
+    model_key, train_key = jr.split(jr.key(config.seed))
+    size = two_body.STATE_DIM, config.width, config.depth
+    model = HamiltonianNetwork(*size, jnp.dtype(config.dtype), model_key)
+
+    def make_run(name: SolverName) -> Run:
+        options_for = functools.partial(config.solve_options, name)
+        # Only the parallel solve has a use for a guess.
+        memory = None
+        if name == "deer" and config.warm_start:
+            solver, term = (
+                options_for(config.num_times)["solver"],
+                diffrax.ODETerm(model),
+            )
+            y0s = jnp.asarray(data.train_y0)
+            memory = warm_start.cold(solver, term, two_body.HORIZON, y0s)
+        return Run(
+            loss_fn=make_loss(options_for, jnp.asarray(data.ts)),
+            evaluate=make_evaluate(config, name, data),
+            state=init_state(model, make_optimizer(config), train_key, memory),
+        )
+
+    return {name: make_run(name) for name in config.solver}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the experiment; returns the content of `results.json`."""
+    config.check()
+    config = config.reduced() if config.smoke else config
+    # Float32 means float32, and not what a GPU makes of it for speed.
+    with (
+        jax.enable_x64(config.dtype == "float64"),
+        jax.default_matmul_precision("highest"),
+    ):
+        data = load_data(config)
+
+        def batches_from(step: int) -> Iterator[tuple[np.ndarray, ...]]:
+            draws = datasets.batches(
+                config.num_train, config.batch_size, config.seed, start_step=step
+            )
+            for number, indices in enumerate(draws, start=step):
+                ys = data.train_ys[indices, : config.num_times_at(number)]
+                yield indices, data.train_y0[indices], ys
+
+        experiment = Experiment(
+            name="two_body_hnn",
+            make_runs=lambda: make_runs(config, data),
+            optimizer=make_optimizer(config),
+            batches_from=batches_from,
+            metrics=METRICS,
+            loss_label="training loss",
+            draw=functools.partial(draw_orbits, data, config.reference),
+        )
+        return carry_out(experiment, config)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ExperimentError as error:
+        sys.exit(f"Error: {error}")
