@@ -1,0 +1,312 @@
+"""Continuous normalizing flows, trained with DEER and with sequential solvers.
+
+A flow maximizes the likelihood of samples: of toys in the plane, drawn anew for every
+training step, or of measurements with ten features.
+
+Every solver trains the same initial weights on the same batches. They differ in the
+arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing else.
+
+    python -m experiments.cnf --dataset two_moons breast_cancer
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from experiments.common.densities import DataName, Samples, load
+from experiments.common.errors import ExperimentError
+from experiments.common.experiment import (
+    Experiment,
+    TrainingConfig,
+    carry_out,
+    check_settings,
+    run_folder,
+)
+from experiments.common.flow import FIELDS, Flow
+from experiments.common.flow_pictures import draw_pairs, draw_plane, grid
+from experiments.common.results import Metric, comparison, format_table
+from experiments.common.solvers import count_work, solve_options
+from experiments.common.training import LossFn, Run, TrainState, init_state
+
+METRIC = Metric(
+    "nll", "test NLL", axis="test negative log-likelihood (nats)", spec=".3f"
+)
+ROUND_TRIP = Metric(
+    "round_trip_error", "round trip error", axis="round trip error", spec=".0e"
+)
+# Twenty steps of order eight.
+_REFERENCE = {
+    "solver": diffrax.Dopri8(),
+    "stepsize_controller": diffrax.ConstantStepSize(),
+}
+PICTURE = "flows.png"
+_NUM_AT_ONCE = 200  # the toys' test samples are a multiple of that, and so is the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Trains a continuous normalizing flow with several solvers and compares them.
+
+    Attributes:
+        dataset: One or more data sets, each of which is a run of its own.
+        learning_rate: Initial learning rate of AdamW, decayed to zero along a cosine.
+        weight_decay: Weight decay of AdamW.
+        field: Vector field: layers that the time scales and shifts, or a perceptron
+            with the time as one more input.
+        width: Width of its hidden layers.
+        depth: Number of them.
+        trace: How the trace of the Jacobian is found in training; tests compute it.
+        out: Folder with a folder for every data set: checkpoint, results, pictures.
+    """
+
+    dataset: tuple[DataName, ...] = ("two_moons",)
+    steps: int = 500
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    num_steps: int = 8
+    evaluations: int = 5
+    field: Literal["concatsquash", "mlp"] = "concatsquash"
+    width: int = 64
+    depth: int = 3
+    trace: Literal["exact", "hutchinson"] = "exact"
+    out: Path = Path("runs/cnf")
+
+    def reduced(self) -> "Config":
+        """The same experiment, small enough to take seconds."""
+        return dataclasses.replace(
+            self,
+            steps=min(self.steps, 4),
+            batch_size=min(self.batch_size, 8),
+            width=min(self.width, 4),
+            depth=min(self.depth, 1),
+            num_steps=min(self.num_steps, 4),
+            evaluations=min(self.evaluations, 2),
+        )
+
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        check_settings(self, {"width": 1, "depth": 0})
+        if not 0 <= self.weight_decay < np.inf:
+            msg = f"--weight-decay is {self.weight_decay}. Choose at least 0."
+            raise ExperimentError(msg)
+        if not self.dataset or len(set(self.dataset)) < len(self.dataset):
+            msg = "--dataset needs at least one data set, and none of them twice."
+            raise ExperimentError(msg)
+
+    def of(self, name: DataName) -> "Config":
+        """The settings of the run with one of the data sets."""
+        return dataclasses.replace(self, dataset=(name,), out=self.out / name)
+
+
+def make_loss(options: dict[str, Any], trace: str) -> LossFn:
+    """The mean negative log-density of a batch, in nats."""
+
+    def loss(
+        model: Flow, memory: None, batch: Float[Array, "batch dim"], key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], None]:
+        # A probe is drawn once a solve: with another one at every evaluation, the
+        # solver would see noise in place of a smooth vector field.
+        is_exact = trace == "exact"
+        probes = None if is_exact else jr.rademacher(key, batch.shape, batch.dtype)
+        each = jax.vmap(lambda x, probe: model.log_density(x, probe, **options))
+        return -jnp.mean(each(batch, probes)), memory
+
+    return loss
+
+
+@eqx.filter_jit
+def solve(model: Flow, points: Array, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Where the points flow to with the exact trace, and what was measured there."""
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+
+    def one(x: Array) -> tuple[Any, dict[str, Array | None]]:
+        solution = model.solve(x, saveat=saveat, **options)
+        nfe, iterations = count_work(options["solver"], solution, x.size)
+        nll = -model.read_out(solution.ys)
+        return solution.ys, {"nll": nll, "nfe": nfe, "num_iterations": iterations}
+
+    return jax.vmap(one)(points)
+
+
+@eqx.filter_jit
+def solve_tightly(model: Flow, points: Array) -> Any:
+    """Where the points flow to, up to rounding."""
+    return jax.vmap(lambda x: model.solve(x, **_REFERENCE).ys)(points)
+
+
+@eqx.filter_jit
+def sample(model: Flow, key: PRNGKeyArray, number: int, options: dict) -> Array:
+    """Draws samples of the flow."""
+    return model.sample(key, number, **options)
+
+
+@eqx.filter_jit
+def push_forward(model: Flow, zs: Array, options: dict[str, Any]) -> Array:
+    """Lets points of the normal distribution flow to the data."""
+    return jax.vmap(lambda z: model.push_forward(z, **options))(zs)
+
+
+def solve_all(
+    model: Flow, points: Float[np.ndarray, "point dim"], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The same as `solve`, for more points than fit into memory at once."""
+    numbers = range(0, len(points), _NUM_AT_ONCE)
+    parts = [solve(model, points[n : n + _NUM_AT_ONCE], options) for n in numbers]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def make_evaluate(
+    options: dict[str, Any], points: Float[np.ndarray, "point dim"]
+) -> Callable[[TrainState], dict[str, float | None]]:
+    """Negative log-likelihood of the points, and what a solve costs and how it errs.
+
+    The errors are measured at the first few points. That of a solve is the largest of
+    any component at its end, the log-density among them, averaged over the points; it
+    is measured against a method of higher order with small steps. That of a round trip,
+    from the data to the normal distribution and back, is the largest of all. Neither
+    can be told from the rounding error of float32 below about 1e-6.
+    """
+    first = points[:_NUM_AT_ONCE]
+
+    def evaluate(state: TrainState) -> dict[str, float | None]:
+        states, values = solve_all(state.model, points, options)
+        states = jax.tree.map(lambda leaf: leaf[: len(first)], states)
+        exact = solve_tightly(state.model, first)
+        deviations = jax.tree.map(lambda a, b: np.abs(a - b), exact, states)
+        largest = [leaf.reshape(len(first), -1).max(1) for leaf in deviations]
+        back = push_forward(state.model, states[0][:, -1], options)
+        return {
+            name: None if value is None else float(np.mean(value))
+            for name, value in values.items()
+        } | {
+            "solve_error": float(np.mean(np.maximum(*largest))),
+            "round_trip_error": float(np.abs(back - first).max()),
+        }
+
+    return evaluate
+
+
+def make_draw(config: Config, data: Samples) -> Callable[[dict[str, Run], Path], None]:
+    """Draws samples of the trained flows and, in the plane, their densities."""
+    options = solve_options(config.rtol, config.atol, config.num_steps)
+    key = jr.key(config.seed)
+
+    def draw(runs: dict[str, Run], folder: Path) -> None:
+        models = {name: run.state.model for name, run in runs.items()}
+        samples = {
+            name: np.asarray(sample(model, key, len(data.test), options[name]))
+            for name, model in models.items()
+        }
+        if len(data.features) > 2:
+            draw_pairs(folder / PICTURE, data, samples)
+            return
+        densities = {
+            name: np.exp(-solve_all(model, grid(), options[name])[1]["nll"])
+            for name, model in models.items()
+        }
+        draw_plane(folder / PICTURE, data, samples, densities)
+
+    return draw
+
+
+def load_data(config: Config, name: DataName) -> Samples:
+    """Loads a data set, with few test samples for a smoke test."""
+    data = load(name)
+    if data.num_train is not None and config.batch_size > data.num_train:
+        msg = (
+            f"--batch-size is {config.batch_size}, but {name} has {data.num_train} "
+            f"training samples. Choose at most that many."
+        )
+        raise ExperimentError(msg)
+    return dataclasses.replace(data, test=data.test[:64]) if config.smoke else data
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with a decaying learning rate."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+def make_runs(config: Config, data: Samples) -> dict[str, Run]:
+    """One run a solver, all from the same weights and random key."""
+    model_key, train_key = jr.split(jr.key(config.seed))
+    dim = len(data.features)
+    field = FIELDS[config.field](dim, config.width, config.depth, model_key)
+    state = init_state(Flow(field, dim), make_optimizer(config), train_key)
+    options = solve_options(config.rtol, config.atol, config.num_steps)
+    return {
+        name: Run(
+            loss_fn=make_loss(options[name], config.trace),
+            evaluate=make_evaluate(options[name], data.test),
+            state=state,
+        )
+        for name in config.solver
+    }
+
+
+def make_experiment(config: Config, data: Samples) -> Experiment:
+    """The experiment with one data set."""
+    return Experiment(
+        name="cnf",
+        make_runs=lambda: make_runs(config, data),
+        optimizer=make_optimizer(config),
+        batches_from=lambda step: data.batches_from(
+            config.batch_size, config.seed, step
+        ),
+        metrics=(METRIC, ROUND_TRIP),
+        loss_label="training loss (nats)",
+        draw=make_draw(config, data),
+    )
+
+
+def table(results_by_dataset: dict[str, dict[str, Any]]) -> str:
+    """Lays out one line for every data set and solver, as a Markdown table."""
+    head: tuple[str, ...] = ()
+    rows = []
+    for name, results in results_by_dataset.items():
+        head, lines = comparison(results, [METRIC])
+        rows += [(name, *line) for line in lines]
+    return format_table(("data set", *head), rows)
+
+
+def main(config: Config) -> dict[str, dict[str, Any]]:
+    """Runs the experiment with every data set, one after another.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The content of `results.json` for every data set.
+    """
+    config.check()
+    config = config.reduced() if config.smoke else config
+    data = {name: load_data(config, name) for name in config.dataset}
+    # Before the first one has been trained for nothing.
+    for name in data:
+        run_folder(config.of(name)).check(config.resume)
+    results = {}
+    for name, samples in data.items():
+        print(f"{name}:")
+        part = config.of(name)
+        results[name] = carry_out(make_experiment(part, samples), part)
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ExperimentError as error:
+        sys.exit(f"Error: {error}")
