@@ -73,10 +73,10 @@ class Config(TrainingConfig):
 
     dataset: tuple[DataName, ...] = ("two_moons",)
     steps: int = 500
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    batch_size: int = 64
+    learning_rate: float = 1e-2
     weight_decay: float = 1e-5
-    num_steps: int = 8
+    num_steps: int = 6
     evaluations: int = 5
     field: Literal["concatsquash", "mlp"] = "concatsquash"
     width: int = 64
@@ -128,7 +128,7 @@ def make_loss(options: dict[str, Any], trace: str) -> LossFn:
 
 
 @eqx.filter_jit
-def solve(model: Flow, points: Array, options: dict[str, Any]) -> tuple[Any, Any]:
+def solve(model: Flow, points: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """Where the points flow to with the exact trace, and what was measured there."""
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
 
@@ -142,7 +142,7 @@ def solve(model: Flow, points: Array, options: dict[str, Any]) -> tuple[Any, Any
 
 
 @eqx.filter_jit
-def solve_tightly(model: Flow, points: Array) -> Any:
+def solve_tightly(model: Flow, points: Any) -> Any:
     """Where the points flow to, up to rounding."""
     return jax.vmap(lambda x: model.solve(x, **_REFERENCE).ys)(points)
 
@@ -205,17 +205,17 @@ def make_draw(config: Config, data: Samples) -> Callable[[dict[str, Run], Path],
     key = jr.key(config.seed)
 
     def draw(runs: dict[str, Run], folder: Path) -> None:
-        models = {name: run.state.model for name, run in runs.items()}
+        models = {name: runs[name].state.model for name in config.solver}
         samples = {
-            name: np.asarray(sample(model, key, len(data.test), options[name]))
-            for name, model in models.items()
+            name: np.asarray(sample(models[name], key, len(data.test), options[name]))
+            for name in config.solver
         }
         if len(data.features) > 2:
             draw_pairs(folder / PICTURE, data, samples)
             return
         densities = {
-            name: np.exp(-solve_all(model, grid(), options[name])[1]["nll"])
-            for name, model in models.items()
+            name: np.exp(-solve_all(models[name], grid(), options[name])[1]["nll"])
+            for name in config.solver
         }
         draw_plane(folder / PICTURE, data, samples, densities)
 
@@ -295,13 +295,13 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
     config = config.reduced() if config.smoke else config
     data = {name: load_data(config, name) for name in config.dataset}
     # Before the first one has been trained for nothing.
-    for name in data:
+    for name in config.dataset:
         run_folder(config.of(name)).check(config.resume)
     results = {}
-    for name, samples in data.items():
+    for name in config.dataset:
         print(f"{name}:")
         part = config.of(name)
-        results[name] = carry_out(make_experiment(part, samples), part)
+        results[name] = carry_out(make_experiment(part, data[name]), part)
     return results
 
 

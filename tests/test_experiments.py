@@ -1,12 +1,9 @@
 import itertools
 import json
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -40,34 +37,14 @@ from experiments.common.solvers import count_work, solve_options
 from experiments.common.training import Record, Run, init_state, train
 from experiments.neural_ode_classifier import METRIC, Config, main
 
-_ROOT = Path(__file__).parents[1]
+from .processes import ROOT, execute, kill_in_training, outcome
+
+_MODULE = "experiments.neural_ode_classifier"
 _TINY = (
     *("--steps", "200", "--evaluations", "20", "--batch-size", "4", "--width", "4"),
     *("--state-dim", "2", "--readout-dim", "2", "--depth", "1", "--num-steps", "2"),
     *("--solver", "dopri5", "deer"),
 )
-
-
-def _command(*arguments: str | Path) -> list[str]:
-    module = "experiments.neural_ode_classifier"
-    return [sys.executable, "-m", module, *map(str, arguments)]
-
-
-def _execute(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        _command(*arguments), cwd=_ROOT, capture_output=True, text=True, check=False
-    )
-
-
-def _outcome(results: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on when it was computed."""
-    return {
-        name: (
-            solver["losses"],
-            [evaluation | {"seconds": None} for evaluation in solver["evaluations"]],
-        )
-        for name, solver in results["solvers"].items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +71,7 @@ def write(file):
 
 write_atomically(pathlib.Path(sys.argv[1]), write)
 """
-    killed = subprocess.run([sys.executable, "-c", program, path], cwd=_ROOT)
+    killed = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert not path.exists() if first_time else path.read_bytes() == b"old"
 
@@ -433,7 +410,7 @@ def test_unknown_solver(capsys):
 @pytest.mark.slow
 def test_smoke(tmp_path, data_dir):
     out = tmp_path / "run"
-    finished = _execute("--smoke", "--out", out, "--data-dir", data_dir)
+    finished = execute(_MODULE, "--smoke", "--out", out, "--data-dir", data_dir)
     assert finished.returncode == 0, finished.stderr
     solvers = Config().solver
     for word in ("test accuracy", "Newton iterations", *solvers):
@@ -473,28 +450,14 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
     straight, killed = [
         (*_TINY, "--out", folder, "--data-dir", data_dir) for folder in folders
     ]
-    finished = _execute(*straight)
+    finished = execute(_MODULE, *straight)
     assert finished.returncode == 0, finished.stderr
 
-    process = subprocess.Popen(
-        _command(*killed),
-        cwd=_ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoint = folders[1] / "checkpoint.eqx"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.3)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (folders[1] / "results.json").exists()
-
-    resumed = _execute(*killed, "--resume")
+    kill_in_training(_MODULE, *killed, folder=folders[1])
+    resumed = execute(_MODULE, *killed, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming after step" in resumed.stdout
 
-    outcomes = [json.loads((f / "results.json").read_text()) for f in folders]
-    assert _outcome(outcomes[0]) == _outcome(outcomes[1])
-    assert len(outcomes[1]["resumed_at"]) == 1
+    first, second = [folder / "results.json" for folder in folders]
+    assert outcome(first) == outcome(second)
+    assert len(json.loads(second.read_text())["resumed_at"]) == 1

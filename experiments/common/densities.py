@@ -8,7 +8,7 @@ ten features that are means over the cells of an image are kept.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -167,9 +167,10 @@ def _breast_cancer() -> Samples:
     from sklearn.datasets import load_breast_cancer
     from sklearn.model_selection import train_test_split
 
-    table = load_breast_cancer()
+    table: Any = load_breast_cancer()
     features = tuple(str(name) for name in table.feature_names[:10])
-    train, test = train_test_split(table.data[:, :10], test_size=114, random_state=0)
+    values: Any = train_test_split(table.data[:, :10], test_size=114, random_state=0)
+    train, test = values
     mean, deviation = train.mean(0), train.std(0)
     train = ((train - mean) / deviation).astype(np.float32)
 

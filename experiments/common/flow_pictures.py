@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from experiments.common.densities import Samples
@@ -45,17 +47,16 @@ def draw_plane(
     )
     figure, axes = _figure(("data", *samples), num_rows=2)
     _scatter(axes[0], data, samples.values(), (0, 1))
-    largest = max(density.max() for density in densities.values())
     shapes = [density.reshape(_NUM_CELLS, _NUM_CELLS) for density in densities.values()]
+    # One scale for all, that of the flows: a histogram is rough.
+    colors = ScalarMappable(Normalize(0, max(values.max() for values in shapes)))
     for ax, values in zip(axes[1], [counts.T, *shapes], strict=True):
-        image = ax.imshow(
-            values, origin="lower", extent=(*_SQUARE, *_SQUARE), vmin=0, vmax=largest
-        )
+        ax.imshow(values, norm=colors.norm, origin="lower", extent=(*_SQUARE, *_SQUARE))
         ax.set_xlabel(data.features[0])
     axes[1, 0].set_ylabel(data.features[1])
     for ax in axes.flat:
         ax.set(xlim=_SQUARE, ylim=_SQUARE, aspect="equal", xticks=_TICKS, yticks=_TICKS)
-    figure.colorbar(image, ax=axes[1], label="density")
+    figure.colorbar(colors, ax=axes[1], label="density")
     _write(figure, path)
 
 
