@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -35,10 +33,11 @@ from experiments.common.experiment import (
     run_folder,
 )
 from experiments.common.flow import FIELDS, Flow
+from experiments.common.flow_evaluation import make_evaluate, sample, solve_all
 from experiments.common.flow_pictures import draw_pairs, draw_plane, grid
 from experiments.common.results import Metric, comparison, format_table
-from experiments.common.solvers import count_work, solve_options
-from experiments.common.training import LossFn, Run, TrainState, init_state
+from experiments.common.solvers import solve_options
+from experiments.common.training import LossFn, Run, init_state
 
 METRIC = Metric(
     "nll", "test NLL", axis="test negative log-likelihood (nats)", spec=".3f"
@@ -46,13 +45,7 @@ METRIC = Metric(
 ROUND_TRIP = Metric(
     "round_trip_error", "round trip error", axis="round trip error", spec=".0e"
 )
-# Twenty steps of order eight.
-_REFERENCE = {
-    "solver": diffrax.Dopri8(),
-    "stepsize_controller": diffrax.ConstantStepSize(),
-}
 PICTURE = "flows.png"
-_NUM_AT_ONCE = 200  # the toys' test samples are a multiple of that, and so is the grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,78 +120,6 @@ def make_loss(options: dict[str, Any], trace: str) -> LossFn:
     return loss
 
 
-@eqx.filter_jit
-def solve(model: Flow, points: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Where the points flow to with the exact trace, and what was measured there."""
-    saveat = diffrax.SaveAt(t1=True, solver_state=True)
-
-    def one(x: Array) -> tuple[Any, dict[str, Array | None]]:
-        solution = model.solve(x, saveat=saveat, **options)
-        nfe, iterations = count_work(options["solver"], solution, x.size)
-        nll = -model.read_out(solution.ys)
-        return solution.ys, {"nll": nll, "nfe": nfe, "num_iterations": iterations}
-
-    return jax.vmap(one)(points)
-
-
-@eqx.filter_jit
-def solve_tightly(model: Flow, points: Any) -> Any:
-    """Where the points flow to, up to rounding."""
-    return jax.vmap(lambda x: model.solve(x, **_REFERENCE).ys)(points)
-
-
-@eqx.filter_jit
-def sample(model: Flow, key: PRNGKeyArray, number: int, options: dict) -> Array:
-    """Draws samples of the flow."""
-    return model.sample(key, number, **options)
-
-
-@eqx.filter_jit
-def push_forward(model: Flow, zs: Array, options: dict[str, Any]) -> Array:
-    """Lets points of the normal distribution flow to the data."""
-    return jax.vmap(lambda z: model.push_forward(z, **options))(zs)
-
-
-def solve_all(
-    model: Flow, points: Float[np.ndarray, "point dim"], options: dict[str, Any]
-) -> tuple[Any, Any]:
-    """The same as `solve`, for more points than fit into memory at once."""
-    numbers = range(0, len(points), _NUM_AT_ONCE)
-    parts = [solve(model, points[n : n + _NUM_AT_ONCE], options) for n in numbers]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def make_evaluate(
-    options: dict[str, Any], points: Float[np.ndarray, "point dim"]
-) -> Callable[[TrainState], dict[str, float | None]]:
-    """Negative log-likelihood of the points, and what a solve costs and how it errs.
-
-    The errors are measured at the first few points. That of a solve is the largest of
-    any component at its end, the log-density among them, averaged over the points; it
-    is measured against a method of higher order with small steps. That of a round trip,
-    from the data to the normal distribution and back, is the largest of all. Neither
-    can be told from the rounding error of float32 below about 1e-6.
-    """
-    first = points[:_NUM_AT_ONCE]
-
-    def evaluate(state: TrainState) -> dict[str, float | None]:
-        states, values = solve_all(state.model, points, options)
-        states = jax.tree.map(lambda leaf: leaf[: len(first)], states)
-        exact = solve_tightly(state.model, first)
-        deviations = jax.tree.map(lambda a, b: np.abs(a - b), exact, states)
-        largest = [leaf.reshape(len(first), -1).max(1) for leaf in deviations]
-        back = push_forward(state.model, states[0][:, -1], options)
-        return {
-            name: None if value is None else float(np.mean(value))
-            for name, value in values.items()
-        } | {
-            "solve_error": float(np.mean(np.maximum(*largest))),
-            "round_trip_error": float(np.abs(back - first).max()),
-        }
-
-    return evaluate
-
-
 def make_draw(config: Config, data: Samples) -> Callable[[dict[str, Run], Path], None]:
     """Draws samples of the trained flows and, in the plane, their densities."""
     options = solve_options(config.rtol, config.atol, config.num_steps)
@@ -231,7 +152,7 @@ def load_data(config: Config, name: DataName) -> Samples:
             f"training samples. Choose at most that many."
         )
         raise ExperimentError(msg)
-    return dataclasses.replace(data, test=data.test[:64]) if config.smoke else data
+    return dataclasses.replace(data, test=data.test[:200]) if config.smoke else data
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

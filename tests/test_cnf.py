@@ -1,7 +1,7 @@
 import dataclasses
 import itertools
 import json
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,13 @@ import optax
 import pytest
 import scipy.integrate
 
-from experiments.cnf import Config, main, make_evaluate, make_loss, make_runs, table
+from experiments.cnf import Config, main, make_loss, make_runs, table
 from experiments.common.densities import DataName, load
 from experiments.common.errors import ExperimentError
 from experiments.common.experiment import run_folder
 from experiments.common.flow import FIELDS, Flow
-from experiments.common.solvers import solve_options
+from experiments.common.flow_evaluation import make_evaluate
+from experiments.common.solvers import SolverName, solve_options
 from experiments.common.training import init_state
 
 from .processes import execute, kill_in_training, outcome
@@ -54,7 +55,9 @@ def test_batches(name):
     np.testing.assert_array_equal(data.test, load(name).test)
     streams = [*batches, _first_batch(name, seed=1), data.test[:7]]
     for a, b in itertools.combinations(streams, 2):
-        assert not np.any(np.all(a[:, None] == b, axis=2))
+        # Another order of the same measurements has some of them in common.
+        equal = np.all(a[:, None] == b, axis=2)
+        assert np.sum(equal) < (1 if data.num_train is None else len(a))
 
 
 def _mean_radius_of_arm_and_offset() -> float:
@@ -191,7 +194,7 @@ def test_evaluation(solver):
     flow, options = _flow(), _OPTIONS[solver]
     points = load("two_moons").test[:300]  # one and a half parts
     state = init_state(flow, optax.sgd(1.0), jr.key(0))
-    found = make_evaluate(options, points)(state)
+    found: dict[str, Any] = make_evaluate(options, points)(state)
     tightly = _OPTIONS["dopri5"]
     densities = jax.vmap(lambda x: flow.log_density(x, **tightly))(points)
     assert found["nll"] == pytest.approx(-densities.mean(), abs=1e-5)
@@ -238,7 +241,8 @@ def test_unfinished_run_is_found_before_the_first_is_trained(tmp_path):
 
 @pytest.mark.slow
 def test_smoke(tmp_path):
-    names, solvers = ("two_moons", "breast_cancer"), ("deer", "dopri5")
+    names: tuple[DataName, ...] = ("two_moons", "breast_cancer")
+    solvers: tuple[SolverName, ...] = ("deer", "dopri5")
     arguments = ("--dataset", *names, "--solver", *solvers, "--out", tmp_path)
     finished = execute(_MODULE, "--smoke", *arguments)
     assert finished.returncode == 0, finished.stderr
