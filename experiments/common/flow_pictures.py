@@ -90,7 +90,8 @@ def _scatter(
     first, *others = axes
     first.set_ylabel(data.features[pair[1]])
     for ax, points in zip([first, *others], [data.test, *samples], strict=True):
-        ax.scatter(*points[:, pair].T, s=3, alpha=0.5, linewidths=0, color="black")
+        size = min(8, 5000 / len(points))
+        ax.scatter(*points[:, pair].T, s=size, alpha=0.5, linewidths=0, color="black")
 
 
 def _write(figure: Figure, path: Path) -> None:
