@@ -22,7 +22,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The library has to work under the strictest settings; experiments run as scripts do,
 # and what is ported as its users have it.
-_RELAXED = ("test_datasets", "test_experiments", "test_ported", "test_two_body_hnn")
+_RELAXED = (
+    "test_cnf",
+    "test_datasets",
+    "test_experiments",
+    "test_ported",
+    "test_two_body_hnn",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

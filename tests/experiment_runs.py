@@ -1,7 +1,6 @@
 """Experiments as processes: run, killed, resumed."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -14,13 +13,14 @@ from experiments.common.checkpoint import load_checkpoint
 ROOT = Path(__file__).parents[1]
 
 
-def command(module: str, *arguments: str | Path) -> list[str]:
+def _command(module: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
 
 
 def execute(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs an experiment to its end."""
     return subprocess.run(
-        command(module, *arguments),
+        _command(module, *arguments),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,24 +28,47 @@ def execute(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[
     )
 
 
-def outcome(results: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on when it was computed."""
+def _num_steps(checkpoint: Path) -> int:
+    if not checkpoint.exists():
+        return 0
+    header, _ = load_checkpoint(checkpoint, like=None)
+    return min(len(record["losses"]) for record in header["records"].values())
+
+
+def kill_in_training(
+    module: str, *arguments: str | Path, folder: Path, after: int = 1
+) -> None:
+    """Runs an experiment until its run in `folder` has made `after` steps.
+
+    The folder is left with a checkpoint and no results.
+    """
+    process = subprocess.Popen(
+        _command(module, *arguments),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while _num_steps(folder / "checkpoint.eqx") < after:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "results.json").exists()
+
+
+def outcome(results: Path) -> dict[str, Any]:
+    """What of a run's results must not depend on when they were computed."""
     return {
         name: (
             solver["losses"],
             [evaluation | {"seconds": None} for evaluation in solver["evaluations"]],
         )
-        for name, solver in results["solvers"].items()
+        for name, solver in json.loads(results.read_text())["solvers"].items()
     }
 
 
-def _num_steps(checkpoint: Path) -> int:
-    header, _ = load_checkpoint(checkpoint, like=None)
-    return min(len(record["losses"]) for record in header["records"].values())
-
-
 def check_resumption(
-    module: str, folder: Path, *arguments: str | Path, after: int = 0
+    module: str, folder: Path, *arguments: str | Path, after: int = 1
 ) -> None:
     """A run that is killed and resumed has to equal one that is not."""
     folders = [folder / "straight", folder / "killed"]
@@ -53,25 +76,11 @@ def check_resumption(
     finished = execute(module, *straight)
     assert finished.returncode == 0, finished.stderr
 
-    process = subprocess.Popen(
-        command(module, *killed),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoint = folders[1] / "checkpoint.eqx"
-    while not checkpoint.exists() or _num_steps(checkpoint) < after:
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.3)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (folders[1] / "results.json").exists()
-
+    kill_in_training(module, *killed, folder=folders[1], after=after)
     resumed = execute(module, *killed, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming after step" in resumed.stdout
 
-    results = [json.loads((f / "results.json").read_text()) for f in folders]
-    assert outcome(results[0]) == outcome(results[1])
-    assert len(results[1]["resumed_at"]) == 1
+    first, second = [folder / "results.json" for folder in folders]
+    assert outcome(first) == outcome(second)
+    assert len(json.loads(second.read_text())["resumed_at"]) == 1

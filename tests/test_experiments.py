@@ -36,7 +36,8 @@ from experiments.common.run_folder import RunFolder, Start
 from experiments.common.solvers import count_work, solve_options
 from experiments.common.training import Record, Run, init_state, train
 from experiments.neural_ode_classifier import METRIC, Config, main
-from tests.experiment_runs import ROOT, check_resumption, execute
+
+from .experiment_runs import ROOT, check_resumption, execute
 
 _MODULE = "neural_ode_classifier"
 _TINY = (

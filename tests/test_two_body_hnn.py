@@ -16,7 +16,8 @@ from experiments.common.errors import ExperimentError
 from experiments.common.hamiltonian import HamiltonianNetwork, make_loss, solve
 from experiments.common.solvers import SolverName
 from experiments.two_body_hnn import Config, main
-from tests.experiment_runs import check_resumption, execute
+
+from .experiment_runs import check_resumption, execute
 
 _MODULE = "two_body_hnn"
 _SMALL = Config(

@@ -116,6 +116,11 @@ class Experiment:
     draw: Callable[[dict[str, Run], Path], None] | None = None
 
 
+def run_folder(config: TrainingConfig) -> RunFolder:
+    """Where a run with these settings is kept."""
+    return RunFolder(config.out, config.settings())
+
+
 def carry_out(experiment: Experiment, config: TrainingConfig) -> dict[str, Any]:
     """Trains, or goes on training, draws, writes and prints.
 
@@ -126,7 +131,7 @@ def carry_out(experiment: Experiment, config: TrainingConfig) -> dict[str, Any]:
     Returns:
         The content of `results.json`.
     """
-    folder = RunFolder(config.out, config.settings())
+    folder = run_folder(config)
     start = folder.begin(config.resume)
     metric = experiment.metrics[0]
     if start is Start.FINISHED:

@@ -49,7 +49,9 @@ def plot_training(
         axes[1, 0].plot(steps, values, **style, label=name, marker="o", markersize=4)
         axes[1, 1].plot(times, values, **style, label=name, marker="o", markersize=4)
     axes[0, 0].set_ylabel(f"{loss_label}, mean of {_WINDOW} steps")
-    if all(min(record.losses) > 0 for record in records.values()):
+    losses = [loss for record in records.values() for loss in record.losses]
+    # Within a decade a logarithmic axis has hardly a tick.
+    if 0 < 10 * min(losses) < max(losses):
         axes[0, 0].set_yscale("log")
     axes[1, 0].set(ylabel=metric.axis, yscale=metric.scale, xlabel="training steps")
     axes[1, 1].set(xlabel="time in training steps (s), compilation excluded")

@@ -97,7 +97,14 @@ def collect_results(
 
 
 def comparison_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
-    """Lays out one line for every solver, as a Markdown table.
+    """Lays out what `comparison` returns as a Markdown table."""
+    return format_table(*comparison(results, metrics))
+
+
+def comparison(
+    results: dict[str, Any], metrics: Sequence[Metric]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The head of a table that compares the solvers, and one line for each of them.
 
     Args:
         results: what `collect_results` returns, where an evaluation has the metrics and
@@ -119,7 +126,7 @@ def comparison_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
         row.append("-" if ratio is None else f"{ratio:.2f}")
         rows.append(row)
     head = ("solver", *(metric.column for metric in metrics), *columns, *more)
-    return format_table(head, rows)
+    return head, rows
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

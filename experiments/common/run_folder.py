@@ -58,6 +58,20 @@ class RunFolder:
         """All measurements."""
         return self.path / "results.json"
 
+    def check(self, resume: bool) -> None:
+        """Raises an error if `begin` would. Changes nothing."""
+        if not self.checkpoint.exists():
+            return
+        if resume:
+            header, _ = load_checkpoint(self.checkpoint, like=None)
+            check_same_config(header["config"], self.config)
+        elif not self.results.exists():
+            msg = (
+                f"{self.path} holds an unfinished run. Go on with it by --resume, "
+                f"choose another folder with --out, or delete {self.checkpoint}."
+            )
+            raise ExperimentError(msg)
+
     def begin(self, resume: bool) -> Start:
         """Finds out where to start, and makes sure that nothing gets overwritten.
 
@@ -68,22 +82,15 @@ class RunFolder:
             `FRESH` also if there is nothing to resume, or after a finished run has been
             moved into a subfolder.
         """
+        self.check(resume)
         if resume and self.checkpoint.exists():
-            header, _ = load_checkpoint(self.checkpoint, like=None)
-            check_same_config(header["config"], self.config)
             return Start.FINISHED if self.results.exists() else Start.RESUMED
         if resume:
             print(f"There is no checkpoint in {self.path}: starting from scratch.")
-        if self.checkpoint.exists() and not self.results.exists():
-            msg = (
-                f"{self.path} holds an unfinished run. Go on with it by --resume, "
-                f"choose another folder with --out, or delete {self.checkpoint}."
-            )
-            raise ExperimentError(msg)
         if self.results.exists():
             # The results first: cut short after that, this leaves a run that counts as
             # unfinished, which is asked about, and not one that is overwritten.
-            files = (self.results, self.plot, self.checkpoint)
+            files = (self.results, *self.path.glob("*.png"), self.checkpoint)
             moved = set_aside(files, self.path)
             print(f"The finished run in {self.path} was moved to {moved}.")
         return Start.FRESH
