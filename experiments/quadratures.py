@@ -84,6 +84,7 @@ def make_value_and_grad(method: str, num_steps: int) -> Any:
         options = {
             "solver": diffrax.Dopri5(),
             "stepsize_controller": diffrax.StepTo(grid),
+            "dt0": None,
         }
 
     def loss(flow, xs):

@@ -110,13 +110,12 @@ class Flow(eqx.Module):
         self, x: Point, probe: Point | None = None, **options: Any
     ) -> diffrax.Solution:
         """Lets a point of the data flow to the normal distribution, with its trace."""
-        state = (x, jnp.zeros((), x.dtype))
+        options = {"dt0": -_STEP} | options
         return diffrax.diffeqsolve(
             diffrax.ODETerm(self._field_and_trace),
             t0=DURATION,
             t1=0.0,
-            dt0=-_STEP,
-            y0=state,
+            y0=(x, jnp.zeros((), x.dtype)),
             args=probe,
             **options,
         )
