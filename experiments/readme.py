@@ -8,7 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import convergence, deer_adjoint, neural_ode_classifier
+from experiments import (
+    cnf,
+    convergence,
+    deer_adjoint,
+    long_horizon,
+    neural_ode_classifier,
+    quadratures,
+    two_body_hnn,
+)
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
 
@@ -40,6 +48,49 @@ def _convergence(results: dict[str, Any]) -> str:
     return f"{convergence.table(results)}\n\n{_measured(results, what)}"
 
 
+def _cnf(results: dict[str, Any]) -> str:
+    first = results["two_moons"]
+    config = first["config"]
+    what = (
+        f"two moons: {config['steps']} training steps, batch {config['batch_size']}, "
+        f"{config['num_steps']} steps of DEER, exact trace"
+    )
+    return f"{cnf.table(results)}\n\n{_measured(first, what)}"
+
+
+def _two_body_hnn(results: dict[str, Any]) -> str:
+    first = results["seed_0"]
+    config = first["config"]
+    what = (
+        f"{config['steps']} steps, batch {config['batch_size']}, {config['num_times']} "
+        f"times, {config['num_steps']} steps of DEER"
+    )
+    tables = (
+        comparison_table(first, two_body_hnn.METRICS),
+        two_body_hnn.table_of_losses(results),
+    )
+    return "\n\n".join((*tables, _measured(first, what)))
+
+
+def _long_horizon(results: dict[str, Any]) -> str:
+    config = results["config"]
+    what = (
+        f"{config['num_steps']} steps, {config['num_observations']} observations, "
+        f"width {config['width']}, {config['repeats']} repeats, gradients equal to "
+        f"{results['gradient_difference']:.0e}"
+    )
+    return f"{long_horizon.table(results)}\n\n{_measured(results, what)}"
+
+
+def _quadratures(results: dict[str, Any]) -> str:
+    config = results["config"]
+    what = (
+        f"{config['num_steps']} steps, width {config['width']}, {config['repeats']} "
+        f"repeats, gradients equal to {results['gradient_difference']:.0e}"
+    )
+    return f"{quadratures.table(results)}\n\n{_measured(results, what)}"
+
+
 def _measured(results: dict[str, Any], what: str) -> str:
     environment = results["environment"]
     versions = environment["versions"]
@@ -54,7 +105,19 @@ _TABLES = {
     "neural_ode_classifier": _neural_ode_classifier,
     "deer_adjoint": _deer_adjoint,
     "convergence": _convergence,
+    "quadratures": _quadratures,
+    "cnf": _cnf,
+    "two_body_hnn": _two_body_hnn,
+    "long_horizon": _long_horizon,
 }
+
+
+def _load(name: str) -> dict[str, Any]:
+    """The results of an experiment; by name where it was run several times."""
+    path = _ROOT / "experiments" / "results" / name / "cpu"
+    if path.is_dir():
+        return {file.stem: json.loads(file.read_text()) for file in path.glob("*.json")}
+    return json.loads(path.with_suffix(".json").read_text())
 
 
 def filled_in(text: str) -> str:
@@ -62,8 +125,7 @@ def filled_in(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        path = _ROOT / "experiments" / "results" / name / "cpu.json"
-        table = _TABLES[name](json.loads(path.read_text()))
+        table = _TABLES[name](_load(name))
         return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
 
     pattern = r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->"

@@ -47,7 +47,7 @@ from experiments.common.experiment import (
 )
 from experiments.common.hamiltonian import HamiltonianNetwork, make_loss, solve
 from experiments.common.orbits import draw_orbits
-from experiments.common.results import Metric
+from experiments.common.results import Metric, format_table
 from experiments.common.solvers import SolverName, count_work, solve_options
 from experiments.common.training import Run, TrainState, init_state
 
@@ -258,6 +258,23 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
         )
 
     return {name: make_run(name) for name in config.solver}
+
+
+def table_of_losses(results: dict[str, dict[str, Any]]) -> str:
+    """The training loss at the end, by solver and run, as a Markdown table."""
+    names = sorted(results)
+    solvers = list(results[names[0]]["solvers"])
+    rows = []
+    for solver in solvers:
+        runs = [results[name]["solvers"].get(solver) for name in names]
+        rows.append(
+            [
+                solver,
+                *(f"{np.mean(r['losses'][-20:]):.4f}" if r else "-" for r in runs),
+            ]
+        )
+    head = ("loss, mean of the last 20 steps", *(n.replace("_", " ") for n in names))
+    return format_table(head, rows)
 
 
 def main(config: Config) -> dict[str, Any]:
