@@ -121,7 +121,7 @@ def test_everything_or_nothing():
     assert _found(lambda t, y, args: -y, jnp.ones(2)) is False
 
 
-def test_several_fields_and_controlled_equations():
+def test_fields_of_several_terms():
     y0 = jnp.ones(2), jnp.zeros(())
     vf = lambda t, y, args: (y[1], -y[0])
     splitting = DEERSolver(diffrax.SemiImplicitEuler())
@@ -132,11 +132,6 @@ def test_several_fields_and_controlled_equations():
     implicit = diffrax.ODETerm(lambda t, y, args: (jnp.sin(y[0]), jnp.zeros_like(y[1])))
     both = diffrax.MultiTerm(explicit, implicit)
     assert _found(None, y0, DEERSolver(diffrax.KenCarp3()), both) == (False, True)
-
-    path = jnp.arange(2.0)
-    control = diffrax.LinearInterpolation(path, (path, path))
-    driven = diffrax.ControlTerm(lambda t, y, args: (-y[0], jnp.sum(y[0])), control)
-    assert _found(None, y0, terms=driven.to_ode()) == (False, True)
 
 
 def test_solvers_of_other_kinds_are_left_alone():
