@@ -5,7 +5,8 @@ python -m experiments.long_horizon
 A multilayer perceptron in D dimensions is fitted to observations along a trajectory of
 many steps, in batches of several sizes. All methods make the same steps of Dopri5, so
 that values and gradients are equal. DEER starts warm, as in training: from the solution
-for the parameters before the last step of Adam.
+for the parameters before the last step of Adam. In single precision, as neural ODEs are
+trained.
 """
 
 import dataclasses
@@ -206,7 +207,6 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
     try:
         main(tyro.cli(Config))
     except ExperimentError as error:
