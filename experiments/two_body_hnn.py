@@ -55,11 +55,11 @@ METRICS = (
     Metric(
         "trajectory_error",
         "trajectory error",
-        axis="test error of positions",
+        axis="test error of positions (length)",
         spec=".3f",
         scale="log",
     ),
-    Metric("energy_drift", "energy drift", axis="energy drift", spec=".1%"),
+    Metric("energy_drift", "energy drift", axis="energy drift (relative)", spec=".1%"),
     Metric("num_iterations_warm", "iterations, warm", axis="iterations", spec=".1f"),
 )
 # At equal tolerances Dopri5 is several times less accurate than Tsit5.
