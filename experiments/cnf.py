@@ -197,7 +197,7 @@ def table(results_by_dataset: dict[str, dict[str, Any]]) -> str:
     """Lays out one line for every data set and solver, as a Markdown table."""
     head: tuple[str, ...] = ()
     rows = []
-    for name, results in sorted(results_by_dataset.items()):
+    for name, results in results_by_dataset.items():
         head, lines = comparison(results, [METRIC])
         rows += [(name, *line) for line in lines]
     return format_table(("data set", *head), rows)

@@ -116,7 +116,8 @@ def _load(name: str) -> dict[str, Any]:
     """The results of an experiment; by name where it was run several times."""
     path = _ROOT / "experiments" / "results" / name / "cpu"
     if path.is_dir():
-        return {file.stem: json.loads(file.read_text()) for file in path.glob("*.json")}
+        files = sorted(path.glob("*.json"))
+        return {file.stem: json.loads(file.read_text()) for file in files}
     return json.loads(path.with_suffix(".json").read_text())
 
 
