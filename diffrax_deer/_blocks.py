@@ -71,10 +71,16 @@ class Layout(eqx.Module):
                 lambda *args: self.arrange(f(*args[:-1], self.restore(args[-1])))
             )
 
+        def full(x, y):
+            assert step_map.full is not None
+            y1, more = step_map.full(x, self.restore(y))
+            return self.arrange(y1), more
+
         return StepMap(
             convert(step_map.step),
             convert(step_map.increment),
-            leap=convert(step_map.leap),
+            step_map.full and full,
+            convert(step_map.leap),
         )
 
 

@@ -20,6 +20,7 @@ Jacobian would give the same gradient and wrong Hessians.)
 """
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._affine_scan import affine_recurrence
 from ._blocks import BlockDiagonalJacobian, Layout
@@ -35,7 +36,7 @@ from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
 from ._forward import AbstractForward
-from ._linearization import StepMap, step_jacobian
+from ._linearization import StepMap
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
 
@@ -66,6 +67,7 @@ def _constant(tree: PyTree[Any]) -> PyTree[Any]:
 
 
 def _linear_response(
+    product: Callable[[States], States],
     step_map: StepMap,
     points: tuple[PyTree[Any], States],
     ys: States,
@@ -74,44 +76,83 @@ def _linear_response(
 ) -> States:
     """Solves `v_n = J_n v_{n-1} + b_n`, J_n the exact Jacobian of the step at `points`.
 
-    By the Jacobians themselves or, where D is large and the iteration has no such array
-    either, by products with them.
+    `product` maps all `v_{n-1}` to `J_n v_{n-1}`. By the Jacobians themselves or, where
+    D is large and the iteration has no such array either, by products with them.
     """
-    xs, starts = points
+    num_steps, size = ys.shape
     if iteration.linearization.is_dense:
-        check_size(*ys.shape)
-    if iteration.linearization.is_dense or ys.shape[1] <= MOST_DIRECT:
-        jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(xs, starts)
+        check_size(num_steps, size)
+    if iteration.linearization.is_dense or size <= MOST_DIRECT:
+        units = jnp.eye(size, dtype=ys.dtype)[:, None]
+        columns = jax.vmap(product)(jnp.broadcast_to(units, (size, num_steps, size)))
+        jacobians = jnp.moveaxis(columns, 0, -1)
         return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
-    steps = lambda starts: jax.vmap(step_map.step)(xs, starts)
-    _, product = jax.linearize(steps, starts)
     linearize = jax.vmap(ft.partial(iteration.linearization, _constant(step_map)))
+    xs, starts = points
     transitions = linearize(*_constant((xs, starts, ys)))
     scan = iteration.scan
     return matrix_free_recurrence(product, transitions, inhomogeneity, scan=scan)
 
 
+def _at(step_map: StepMap, xs: PyTree[Any], starts: States):
+    """The steps from `starts`, and all that they yield beside states."""
+    if step_map.full is None:
+        return jax.vmap(step_map.step)(xs, starts), None
+    return jax.vmap(step_map.full)(xs, starts)
+
+
 @eqx.filter_custom_jvp
 def _solve(step_map, y0, xs, *, guess, forward, iteration, idle):
-    del idle
-    return forward(step_map, y0, xs, guess, iteration)
+    ys, statistics = forward(step_map, y0, xs, guess, iteration)
+    points = linearization_points(y0, xs, ys, statistics, idle)
+    return ys, statistics, _at(step_map, *points)[1]
 
 
 @_solve.def_jvp
 def _(primals, tangents, **kwargs):
     step_map, y0, xs = primals
-    solution = _solve(step_map, y0, xs, **kwargs)
-    ys, statistics = solution
-    points = lambda y0, xs: linearization_points(y0, xs, ys, statistics, kwargs["idle"])
+    ys, statistics, _ = _solve(step_map, y0, xs, **kwargs)
+    idle, iteration = kwargs["idle"], kwargs["iteration"]
+    points = linearization_points(y0, xs, ys, statistics, idle)
+    solved = jnp.arange(len(ys)) < statistics.num_solved
+    mask = jax.vmap(lambda s, x: jnp.where(s, x, jnp.zeros_like(x)))
+    step_map_dot, y0_dot, xs_dot = tangents
+    if idle is not None:
+        xs_dot = jax.tree.map(ft.partial(mask, solved), xs_dot)
+    y0_dot = jnp.zeros_like(y0) if y0_dot is None else y0_dot
+    moved = lambda y0_dot, ys_dot: mask(solved, shift(y0_dot, ys_dot))
 
-    def images(step_map, y0, xs):
-        # `ys` is held fixed here; its own tangent is what the recurrence solves for.
-        return jax.vmap(step_map.step)(*points(y0, xs))
+    # The steps are evaluated and linearized once, for all that follows.
+    is_none = lambda x: x is None
+    driven_dot = step_map_dot, xs_dot
+    driven, fixed = eqx.partition(
+        (step_map, points[0]),
+        jax.tree.map(lambda x: x is not None, driven_dot, is_leaf=is_none),
+    )
 
-    _, inhomogeneity = eqx.filter_jvp(images, primals, tangents)
-    iteration = kwargs["iteration"]
-    ys_dot = _linear_response(step_map, points(y0, xs), ys, inhomogeneity, iteration)
-    return solution, (ys_dot, jax.tree.map(lambda _: None, statistics))
+    def steps(driven, starts):
+        step_map, xs = eqx.combine(driven, fixed)
+        images, more = _at(step_map, xs, starts)
+        smooth, rest = eqx.partition(more, eqx.is_inexact_array)
+        return (images, smooth), rest
+
+    (_, smooth), push, rest = jax.linearize(steps, driven, points[1], has_aux=True)
+    # `ys` is held fixed here; its own tangent is what the recurrence solves for.
+    (inhomogeneity, smooth_dot), product = jax.linearize(
+        ft.partial(push, driven_dot), moved(y0_dot, jnp.zeros_like(ys))
+    )
+    ys_dot = _linear_response(
+        lambda v: product(v)[0], step_map, points, ys, inhomogeneity, iteration
+    )
+    _, along = product(moved(jnp.zeros_like(y0), ys_dot))
+    tangents_out = (
+        ys_dot,
+        jax.tree.map(lambda _: None, statistics),
+        eqx.combine(
+            jax.tree.map(jnp.add, smooth_dot, along), jax.tree.map(lambda _: None, rest)
+        ),
+    )
+    return (ys, statistics, eqx.combine(smooth, rest)), tangents_out
 
 
 def _solve_in_blocks(
@@ -123,10 +164,10 @@ def _solve_in_blocks(
     iteration: NewtonIteration,
     idle: PyTree[Any],
     layout: Layout,
-) -> tuple[States, Statistics]:
+) -> tuple[States, Statistics, PyTree[Array]]:
     """`solve` for the state in another order, in which its blocks are contiguous."""
     blocks = BlockDiagonalJacobian(block_size=layout.block_size)
-    ys, statistics = solve(
+    ys, statistics, more = solve(
         layout.arranged(step_map),
         layout.arrange(y0),
         xs,
@@ -135,7 +176,7 @@ def _solve_in_blocks(
         eqx.tree_at(lambda i: i.linearization, iteration, blocks),
         idle,
     )
-    return jax.vmap(layout.restore)(ys), statistics
+    return jax.vmap(layout.restore)(ys), statistics, more
 
 
 def solve(
@@ -146,7 +187,7 @@ def solve(
     forward: AbstractForward,
     iteration: NewtonIteration,
     idle: PyTree[Any] = None,
-) -> tuple[States, Statistics]:
+) -> tuple[States, Statistics, PyTree[Array]]:
     r"""Solves $y_n = \Phi(x_n, y_{n-1})$ for all n, differentiably.
 
     **Arguments:**
@@ -162,9 +203,10 @@ def solve(
 
     **Returns:**
 
-    The states `y_1` to `y_N`, `(time, state)`, and the `Statistics`. Always finite if
-    `y0` is. Exact derivatives of any order and mode with respect to `y0`, `xs` and all
-    that `step_map` depends on; none with respect to `guess`.
+    The states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the `Statistics`; and
+    what else the steps yield, of leading axis `time`, or `None`. Exact derivatives of
+    any order and mode with respect to `y0`, `xs` and all that `step_map` depends on;
+    none with respect to `guess`.
 
     With N steps and D components a derivative holds one array of shape `(N, D, D)` if D
     is at most 16 or the transitions are dense, those of `FullJacobian` or
@@ -177,7 +219,9 @@ def solve(
     if y0.size == 0:
         zero = jnp.zeros((), guess.dtype)
         count = jnp.array(0, int), jnp.array(len(guess), int)
-        return guess, Statistics(count[0], zero, count[1], optx.RESULTS.successful)
+        points = xs, jnp.zeros((len(guess), 0), guess.dtype)
+        statistics = Statistics(count[0], zero, count[1], optx.RESULTS.successful)
+        return guess, statistics, _at(step_map, *points)[1]
     if isinstance(iteration.linearization, BlockDiagonalJacobian):
         layout = iteration.linearization.layout(step_map, y0.size)
         if not layout.is_contiguous:
@@ -190,7 +234,7 @@ def solve(
     step_map = StepMap(
         convert(step_map.step, x, y0),
         convert(step_map.increment, x, y0),
-        convert(step_map.jacobian, x, y0),
+        convert(step_map.full, x, y0),
         convert(step_map.leap, x, x, x, y0),
         step_map.leaves,
     )

@@ -47,8 +47,8 @@ class StepMap(eqx.Module):
     - `step(x, y)`: the step map $\Phi$.
     - `increment(x, y)`: where the step belongs to a differential equation, the product
         $h f(t, y)$ at the middle of the step; otherwise `None`.
-    - `jacobian(x, y)`: the matrix of derivatives of `step` for y, `(state, state)`,
-        where there is a better way to it than differentiating `step`, or `None`.
+    - `full(x, y)`: where a step yields more than a state, the pair of it and of that, a
+        pytree of arrays; otherwise `None`.
     - `leap(first, last, x, y)`: where there are longer steps, one from the beginning of
         the step `first` to the end of `last`, and what it predicts for the state after
         the step `x` between them; otherwise `None`.
@@ -60,7 +60,7 @@ class StepMap(eqx.Module):
 
     step: Callable[[PyTree[Any], State], State]
     increment: Callable[[PyTree[Any], State], State] | None = None
-    jacobian: Callable[[PyTree[Any], State], Matrix] | None = None
+    full: Callable[[PyTree[Any], State], tuple[State, PyTree[Array]]] | None = None
     leap: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = None
     leaves: tuple[jax.ShapeDtypeStruct, ...] | None = eqx.field(
         static=True, default=None
@@ -106,8 +106,6 @@ def _diagonal(f: VectorField, y: State) -> State:
 
 def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix:
     """The matrix of shape `(D, D)` of the derivatives of a step, D ≥ 1."""
-    if step_map.jacobian is not None:
-        return step_map.jacobian(x, y)
     return value_and_jacobian(lambda y: step_map.step(x, y), y)[1]
 
 

@@ -26,10 +26,10 @@ from jaxtyping import Array, PyTree
 
 from ._causal import hold, prefix
 from ._custom_types import Args, RealScalarLike, State, States, Y
-from ._dirk import combine
 from ._exponential import ExponentialRosenbrockEuler
 from ._implicit import linearization_points
 from ._newton import Statistics
+from ._runge_kutta import Times, combine, tableau_of, time_of
 from ._step_map import SolverStep, ravel
 
 # Their steps add to such a component what does not depend on it.
@@ -116,7 +116,7 @@ class Partition(eqx.Module):
         return not jax.tree.leaves(self.zeros)
 
     def split(self, y: State) -> tuple[State, State]:
-        """Z and q of the state, each ravelled."""
+        """The parts z, `(coupled,)`, and q, `(rest,)`, of a state `(state,)`."""
         is_none = lambda x: x is None
         mask = jax.tree.map(is_none, self.zeros, is_leaf=is_none)
         z, q = eqx.partition(self.whole.unravel(y), mask)
@@ -127,38 +127,46 @@ class Partition(eqx.Module):
         rest = ravel(self.zeros)[1](q)
         return ravel(eqx.combine(self.coupled.unravel(z), rest))[0]
 
-    def increment(self, x: tuple[RealScalarLike, RealScalarLike], z: State) -> State:
-        """What a step adds to q."""
+    def increment(self, x: Times, z: State, stages: list[State]) -> State:
+        """What a step from `z`, `(coupled,)`, adds to q, `(rest,)`.
+
+        `stages` are those of the step of z, each `(coupled,)`.
+        """
         zero, _ = ravel(self.zeros)
-        nodes = self.coupled.nodes(x, z)
-        if nodes is None:
+        whole = lambda t, z: self.whole.product_at(x)(t, self.join(z, zero))
+        tableau = tableau_of(self.coupled.solver)
+        if tableau is None:
             return self.split(self.whole.step(x, self.join(z, zero)))[1]
-        control = self.whole.terms.contr(*x)
-        whole = lambda t, z: self.whole.product(t, self.join(z, zero), control)
         # Not all nodes at once: that many times the memory, which costs more time.
         field = jax.jit(without_dead_code(lambda t, z: self.split(whole(t, z))[1]))
-        weights = [weight for weight, _, _ in nodes]
-        return combine(weights, [field(t, z) for _, t, z in nodes], zero)
+        values = [
+            field(time_of(node, x), stage) if weight != 0 else zero
+            for weight, node, stage in zip(tableau.b, tableau.c, stages, strict=True)
+        ]
+        return combine(tableau.b, values, zero)
 
     def complete(
         self,
         y0: State,
         xs: PyTree[Array],
         zs: States,
+        stages: list[States],
         statistics: Statistics,
         idle: PyTree[Array],
         may_be_rejected: bool,
     ) -> tuple[States, Statistics]:
-        """The whole trajectory, from that of z; both differentiable.
+        """The whole trajectory, `(time, state)`, from that of z and its stages.
+
+        `zs` and each of `stages` are `(time, coupled)`. Differentiable.
 
         A step counts as solved if both are finite. If it `may_be_rejected` because q is
         not, its derivative has to be finite: that costs one more evaluation.
         """
         z0, q0 = self.split(y0)
 
-        def sums(statistics):
-            starts = linearization_points(z0, xs, zs, statistics, idle)
-            increments = jax.vmap(self.increment)(*starts)
+        def sums(statistics, stages):
+            points = linearization_points(z0, xs, zs, statistics, idle)
+            increments = jax.vmap(self.increment)(*points, stages)
             qs = jnp.cumsum(jnp.concatenate([q0[None], increments]), axis=0)[1:]
             num_finite = prefix(jnp.all(jnp.isfinite(qs), axis=-1))
             num_solved = jnp.minimum(statistics.num_solved, num_finite)
@@ -173,8 +181,11 @@ class Partition(eqx.Module):
             )
 
         if may_be_rejected:
-            statistics = jax.lax.stop_gradient(sums(statistics)[1])
-        qs, statistics = sums(statistics)
+            statistics = jax.lax.stop_gradient(sums(statistics, stages)[1])
+            finite = jnp.arange(len(zs))[:, None] < statistics.num_solved
+            start = jax.lax.stop_gradient(z0)
+            stages = [jnp.where(finite, stage, start) for stage in stages]
+        qs, statistics = sums(statistics, stages)
         zs = hold(z0, zs, statistics.num_solved)
         qs = hold(q0, qs, statistics.num_solved)
         return jax.vmap(self.join)(zs, qs), statistics

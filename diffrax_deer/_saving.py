@@ -16,7 +16,7 @@ from ._windows import Ends, Outcome, Steps
 def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterpolation:
     """The inner solver's interpolation of one step, `(1,)` of them."""
     step = step[0]
-    info = inner.full((step.t0s, step.t1s), step.y0s)[2]
+    info = inner.full((step.t0s, step.t1s), step.y0s).dense_info
     return inner.solver.interpolation_cls(t0=step.t0s, t1=step.t1s, **info)
 
 
@@ -48,7 +48,7 @@ def dense(
     if not contiguous:
         steps = steps[jnp.flatnonzero(steps.taken, size=len(steps.taken))]
     times = jnp.stack([steps.t0s, steps.t1s], axis=1)
-    infos = jax.vmap(inner.full)((steps.t0s, steps.t1s), steps.y0s)[2]
+    infos = jax.vmap(inner.full)((steps.t0s, steps.t1s), steps.y0s).dense_info
     here = jnp.arange(len(steps.ends), dtype=count.dtype) < count
     ends = jnp.where(here, steps.ends, jnp.inf)
     ts = jnp.concatenate([jnp.asarray(t0)[None], ends])

@@ -5,7 +5,7 @@ Everything is done on a flat, real state: pytrees are ravelled here and nowhere 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -14,9 +14,18 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, DenseInfo, Matrix, RealScalarLike, State, Y
-from ._dirk import Tableau, combine, dirk_jacobian, tableau_of, time_of
-from ._linearization import value_and_jacobian
+from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
+from ._implicit import MOST_DIRECT
+from ._runge_kutta import (
+    AbstractStages,
+    Tableau,
+    Times,
+    combine,
+    solve_stages,
+    stage_state,
+    tableau_of,
+    time_of,
+)
 
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
 _TO_BE_FILLED_IN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
@@ -90,7 +99,25 @@ def prepare(solver: diffrax.AbstractSolver, eps: float) -> diffrax.AbstractSolve
     return solver
 
 
-class SolverStep(eqx.Module):
+class StepResult(NamedTuple):
+    """What a step yields.
+
+    - `y1`, `(state,)`: the state at its end.
+    - `error`, `(state,)`, or `None`: the estimate of its error.
+    - `dense_info`: what the solver's interpolation is made from.
+    - `result`: of the solver.
+    - `stages`: the state at each stage, `(state,)`; none unless it is a Runge-Kutta
+        method.
+    """
+
+    y1: State
+    error: State | None
+    dense_info: DenseInfo
+    result: diffrax.RESULTS
+    stages: list[State]
+
+
+class SolverStep(AbstractStages):
     """One step of a diffrax solver on the flat state; `x` is the pair of its times."""
 
     solver: diffrax.AbstractSolver
@@ -109,72 +136,33 @@ class SolverStep(eqx.Module):
         # Unlike `type` this looks into a `HalfSolver`.
         return isinstance(self.solver, diffrax.AbstractImplicitSolver)
 
-    def increment(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
+    def increment(self, x: Times, y: State) -> State:
         """The vector field in the middle of the step, times the length of the step."""
         t0, t1 = x
-        control = self.terms.contr(t0, t1)
-        middle = t0 + (t1 - t0) / 2
-        return self.product(middle, y, control)
+        return self.product_at(x)(t0 + (t1 - t0) / 2, y)
 
-    def product(self, t: RealScalarLike, y: State, control: PyTree[Any]) -> State:
-        """The product of the vector field and of a `control` of the terms."""
+    def product_at(self, x: Times) -> Callable[[RealScalarLike, State], State]:
+        """The vector field, times the length of the step between `x`."""
         # In terms of controls, not of `t1 - t0`: backwards in time the sign is there.
-        out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
-        return ravel(out)[0].astype(y.dtype)
-
-    def step(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> State:
-        """The state at the end of the step."""
-        return self.full(x, y)[0]
-
-    def jacobian(self, x: tuple[RealScalarLike, RealScalarLike], y: State) -> Matrix:
-        """The derivative of the step with respect to the state, `(state, state)`."""
-        tableau = tableau_of(self.solver)
-        if tableau is None or not self.is_one_field:
-            return value_and_jacobian(lambda y: self.step(x, y), y)[1]
         control = self.terms.contr(*x)
-        product = lambda t, y: self.product(t, y, control)
-        return dirk_jacobian(tableau, product, *self._solved_stages(tableau, x, y))
 
-    def _solved_stages(
-        self, tableau: Tableau, x: tuple[RealScalarLike, RealScalarLike], y: State
-    ) -> tuple[list[RealScalarLike], list[State]]:
-        """Times and states at which the step evaluates the field."""
-        # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
-        if issubclass(type(self.solver), diffrax.AbstractERK):
-            return self._explicit_stages(x, y)[:2]
-        y1, _, info, _ = self.full(x, y)
-        ks = (y1 - y)[None]
-        if "k" in info:
-            ks = jax.vmap(lambda k: ravel(k)[0])(info["k"])
-        times = [time_of(c, x) for c in tableau.c]
-        return times, [combine(row, ks, y) for row in tableau.a]
+        def product(t: RealScalarLike, y: State) -> State:
+            out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
+            return ravel(out)[0].astype(y.dtype)
 
-    def nodes(
-        self, x: tuple[RealScalarLike, RealScalarLike], y: State
-    ) -> list[tuple[float, RealScalarLike, State]] | None:
-        """Weights, times and states of the quadrature that a step makes of the field.
+        return product
 
-        `None` if the step is not that of a Runge-Kutta method.
-        """
-        tableau = tableau_of(self.solver)
-        if tableau is None:
-            return None
-        stages = zip(tableau.b, *self._solved_stages(tableau, x, y), strict=True)
-        return [(float(weight), t, y) for weight, t, y in stages if weight != 0]
+    def step(self, x: Times, y: State) -> State:
+        """The state at the end of the step."""
+        return self.full(x, y).y1
 
-    def leap(
-        self,
-        first: tuple[RealScalarLike, RealScalarLike],
-        last: tuple[RealScalarLike, RealScalarLike],
-        x: tuple[RealScalarLike, RealScalarLike],
-        y: State,
-    ) -> State:
+    def leap(self, first: Times, last: Times, x: Times, y: State) -> State:
         """One step over several, and its dense output at the end of one of them.
 
         NaN where the step is by its own estimate of no use.
         """
         (t0, _), (_, t1) = first, last
-        y1, error, dense_info, _ = self.full((t0, t1), y)
+        y1, error, dense_info, _, _ = self.full((t0, t1), y)
         path = self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
         predicted = ravel(path.evaluate(x[1]))[0]
         if error is None:
@@ -183,16 +171,49 @@ class SolverStep(eqx.Module):
         useful = jnp.max(jnp.abs(error)) <= _USEFUL * largest
         return jnp.where(useful, predicted, jnp.nan)
 
-    def full(
-        self, x: tuple[RealScalarLike, RealScalarLike], y: State
-    ) -> tuple[State, State | None, DenseInfo, diffrax.RESULTS]:
-        """A step with its error estimate, dense information and result."""
-        # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
-        if issubclass(type(self.solver), diffrax.AbstractERK):
-            return self._explicit(x, y)
-        return self._general(x, y)
+    def coefficients(self) -> Tableau:
+        """The coefficients of the method, if it is a Runge-Kutta method."""
+        tableau = tableau_of(self.solver)
+        assert tableau is not None
+        return tableau
 
-    def _general(self, x, y):
+    def full(self, x: Times, y: State) -> StepResult:
+        """A step, with all that it yields."""
+        tableau = tableau_of(self.solver)
+        if tableau is None or not self.is_one_field:
+            y1, error, dense_info, result = self._general(x, y)
+            return StepResult(y1, error, dense_info, result, [])
+        # A large state has no array of shape `(state, state)`.
+        by_stages = not tableau.is_explicit or y.size <= MOST_DIRECT
+        ks, result = (solve_stages if by_stages else type(self).solve)(self, x, y)
+        y1, error = y + combine(tableau.b, ks, y), combine(tableau.b_error, ks, y)
+        if not tableau.is_explicit:
+            okay = result == diffrax.RESULTS.successful
+            error = jnp.where(okay, error, jnp.inf)
+        dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1)}
+        if isinstance(self.solver, diffrax.AbstractRungeKutta):
+            dense_info["k"] = jax.vmap(self.unravel)(jnp.stack(ks))
+        stages = [stage_state(row, y, ks) for row in tableau.a]
+        return StepResult(y1, error, dense_info, result, stages)
+
+    def solve(self, x: Times, y: State) -> tuple[list[State], diffrax.RESULTS]:
+        """The stages of a Runge-Kutta method, by which root finder they may be."""
+        tableau = self.coefficients()
+        if not tableau.is_explicit:
+            y1, _, info, result = self._general(x, y)
+            if "k" in info:
+                return list(jax.vmap(lambda k: ravel(k)[0])(info["k"])), result
+            return [self.product_at(x)(x[0], y), y1 - y], result
+        # Unrolled: diffrax runs the stages in a loop, which costs twice the time.
+        # Traced once, and differentiated once, for all stages; XLA inlines it.
+        product, ks = jax.jit(self.product_at(x)), []
+        for row, c in zip(tableau.a, tableau.c, strict=True):
+            ks.append(product(time_of(c, x), stage_state(row, y, ks)))
+        return ks, diffrax.RESULTS.successful
+
+    def _general(
+        self, x: Times, y: State
+    ) -> tuple[State, State | None, DenseInfo, diffrax.RESULTS]:
         t0, t1 = x
         y0 = self.unravel(y)
         state = self.solver.init(self.terms, t0, t1, y0, self.args)
@@ -201,30 +222,3 @@ class SolverStep(eqx.Module):
         )
         error = None if y_error is None else ravel(y_error)[0]
         return ravel(y1)[0], error, dense_info, result
-
-    def _explicit_stages(
-        self, x: tuple[RealScalarLike, RealScalarLike], y: State
-    ) -> tuple[list[RealScalarLike], list[State], list[State]]:
-        """Times, states, and the field there times the length of the step."""
-        # Unrolled: diffrax runs the stages in a loop, which costs twice the time
-        # forward and about ten times in a Jacobian.
-        tableau = self.solver.tableau  # pyright: ignore
-        control = self.terms.contr(*x)
-        # Traced once, and differentiated once, for all stages; XLA inlines it.
-        product = jax.jit(lambda t, y: self.product(t, y, control))
-        times, states, ks = [x[0]], [y], [product(x[0], y)]
-        for a, c in zip(tableau.a_lower, tableau.c, strict=True):
-            times.append(time_of(c, x))
-            states.append(y + combine(a, ks, jnp.zeros_like(y)))
-            ks.append(product(times[-1], states[-1]))
-        return times, states, ks
-
-    def _explicit(self, x, y):
-        tableau = self.solver.tableau  # pyright: ignore
-        _, states, ks = self._explicit_stages(x, y)
-        weighted = lambda weights: combine(weights, ks, jnp.zeros_like(y))
-        y1 = states[-1] if tableau.ssal else y + weighted(tableau.b_sol)
-        stacked = jax.vmap(self.unravel)(jnp.stack(ks))
-        dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1), "k": stacked}
-        error = weighted(tableau.b_error)
-        return y1, error, dense_info, diffrax.RESULTS.successful

@@ -12,23 +12,30 @@ from ._implicit import linearization_points, solve
 from ._linearization import StepMap
 from ._newton import NewtonIteration, Statistics
 from ._quadrature import Partition
-from ._step_map import SolverStep
+from ._step_map import SolverStep, StepResult
 
 
 class Trajectory(eqx.Module):
     """All steps of a diffrax solver on a grid of times.
 
-    - `inner`: the step.
+    - `parts`: the step of the coupled components, and what to do about the others.
     - `ts`, `(time + 1,)`: the grid, increasing.
     - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
     - `statistics`: of the solve. Steps that it did not solve hold the last good state.
+    - `coupled`: what the steps of the coupled components yield, leading axis `time`.
     """
 
-    inner: SolverStep
+    parts: Partition
     ts: Float[Array, " time+1"]
     y0: State
     ys: States
     statistics: Statistics
+    coupled: StepResult
+
+    @property
+    def inner(self) -> SolverStep:
+        """One step."""
+        return self.parts.whole
 
     def points(self) -> tuple[tuple[Array, Array], States]:
         """The times and the initial state of each step, one of length zero if unsolved.
@@ -42,8 +49,11 @@ class Trajectory(eqx.Module):
         self,
     ) -> tuple[Float[Array, "time state"] | None, PyTree[Array], Bool[Array, " time"]]:
         """Error estimate, dense information, and whether the inner solver succeeded."""
-        _, errors, infos, results = jax.vmap(self.inner.full)(*self.points())
-        return errors, infos, results == diffrax.RESULTS.successful
+        steps = self.coupled
+        if not self.parts.is_trivial:
+            steps = jax.vmap(self.inner.full)(*self.points())
+        okay = self.coupled.result == diffrax.RESULTS.successful
+        return steps.error, steps.dense_info, okay
 
     def result(self, inner_okay: Bool[Array, " time"]) -> diffrax.RESULTS:
         """Successful if the recurrence and every step of the inner solver are."""
@@ -74,13 +84,18 @@ def solve_grid(
     zs, _ = jax.vmap(parts.split)(guess)
     increment = inner.increment if inner.is_one_field else None
     leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, z0)))
-    jacobian = inner.jacobian if inner.is_implicit else None
-    step_map = StepMap(inner.step, increment, jacobian, inner.leap, leaves)
-    zs, statistics = solve(step_map, z0, xs, zs, forward, iteration, idle)
-    if parts.is_trivial:
-        return Trajectory(parts.whole, ts, y0, zs, statistics)
-    ys, statistics = parts.complete(y0, xs, zs, statistics, idle, may_be_rejected)
-    return Trajectory(parts.whole, ts, y0, ys, statistics)
+
+    def full(x, y):
+        result = inner.full(x, y)
+        return result.y1, result
+
+    step_map = StepMap(inner.step, increment, full, inner.leap, leaves)
+    ys, statistics, steps = solve(step_map, z0, xs, zs, forward, iteration, idle)
+    if not parts.is_trivial:
+        ys, statistics = parts.complete(
+            y0, xs, ys, steps.stages, statistics, idle, may_be_rejected
+        )
+    return Trajectory(parts, ts, y0, ys, statistics, steps)
 
 
 def largest_error(

@@ -10,7 +10,6 @@ arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing e
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.common.command_line import run
 from experiments.common.densities import DataName, Samples, load
 from experiments.common.errors import ExperimentError
 from experiments.common.experiment import (
@@ -227,7 +226,4 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

@@ -10,7 +10,6 @@ without safeguards, whose success is that it stops.
 """
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from jaxtyping import Array
 
@@ -32,9 +30,10 @@ from diffrax_deer import (
     Picard,
     PiecewiseConstant,
 )
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
 from experiments.common.problems import PROBLEMS, Problem
-from experiments.common.results import environment, format_table, write_json
+from experiments.common.results import format_table, head, report, write_json
 
 _LINEARIZATIONS = {
     "PiecewiseConstant": PiecewiseConstant(),
@@ -254,24 +253,17 @@ def main(config: Config) -> dict[str, Any]:
         names = ("square_root", "lotka_volterra_10")
     problems: dict[str, Any] = {}
     results = {
-        "experiment": "convergence",
-        "config": dataclasses.asdict(config) | {"out": None},
-        "environment": environment(),
-        "dtype": "float64",
+        **head("convergence", config, "float64"),
         "problems": problems,
     }
     for name in names:
         problems[name] = measure(PROBLEMS[name])
         write_json(config.out, results)
         print(f"{name}: {problems[name]['runs']['default']['iterations']} iterations")
-    print(table(results))
-    print(f"Results: {config.out}")
+    report(config.out, results, table(results))
     return results
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

@@ -7,19 +7,18 @@ gradients are equal; what differs is how they are made, read out and differentia
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import tyro
 from jaxtyping import Array
 
 from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
-from experiments.common.results import environment, format_table, write_json
+from experiments.common.results import format_table, head, report
 from experiments.common.timing import compile_and_time, quartiles
 
 # Solver and adjoint. The first is what the others are compared with.
@@ -101,10 +100,7 @@ def measure(config: Config) -> dict[str, Any]:
     relative = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
     differences = [jax.tree.map(relative, other[1], reference) for other in others]
     return {
-        "experiment": "deer_adjoint",
-        "config": dataclasses.asdict(config) | {"out": None},
-        "environment": environment(),
-        "dtype": str(arguments[0].dtype),
+        **head("deer_adjoint", config, str(arguments[0].dtype)),
         "gradient_difference": max(jax.tree.leaves(differences)),
         "methods": methods,
     }
@@ -134,16 +130,10 @@ def main(config: Config) -> dict[str, Any]:
         small = dict(num_save_times=20, batch_size=2, repeats=2)
         config = dataclasses.replace(config, **small)
     results = measure(config)
-    write_json(config.out, results)
-    print(table(results))
-    print(f"Largest difference of gradients: {results['gradient_difference']:.1e}")
-    print(f"Results: {config.out}")
+    report(config.out, results, table(results))
     return results
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

@@ -10,7 +10,6 @@ trained.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-import tyro
 from jaxtyping import Array
 
 from diffrax_deer import (
@@ -30,9 +28,10 @@ from diffrax_deer import (
     WholeInterval,
     WindowState,
 )
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
-from experiments.common.results import environment, format_table, write_json
-from experiments.common.timing import compile_and_time, quartiles
+from experiments.common.results import format_table, head, report
+from experiments.common.timing import compile_and_time, largest_difference, quartiles
 
 _BASELINE = "dopri5"
 _METHODS = ("deer", "deer_cold", "deer_sequential", _BASELINE)
@@ -145,13 +144,9 @@ def measure_cell(dim: int, batch_size: int, config: Config) -> dict[str, Any]:
         config.repeats,
     )
     _, reference = values[_BASELINE]
-    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(reference))
     for name, ((_, state), found) in values.items():
-        differences = jax.tree.map(
-            lambda a, b: jnp.max(jnp.abs(a - b)), found, reference
-        )
-        largest = max(float(x) for x in jax.tree.leaves(differences))
-        timings[name]["gradient_difference"] = largest / scale
+        difference = largest_difference(found, reference)
+        timings[name]["gradient_difference"] = difference
         timings[name]["num_iterations"] = None
         if name != _BASELINE:
             counts = jnp.mean(state.num_iterations, dtype=jnp.float32)
@@ -173,8 +168,10 @@ def table(results: dict[str, Any]) -> str:
             row.append(f"{median / own[1]:.1f}×")
         row.append(f"{methods['deer']['num_iterations']:.1f}")
         rows.append(row)
-    head = ("D", "batch", "Dopri5 (ms)", "warm (ms)", "", "cold (ms)", "")
-    return format_table((*head, "in sequence (ms)", "", "iterations, warm"), rows)
+    head = ["D", "batch", "Dopri5 (ms)"]
+    for name in ("warm", "cold", "in sequence"):
+        head += [f"{name} (ms)", "speed-up"]
+    return format_table((*head, "iterations, warm"), rows)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -190,24 +187,15 @@ def main(config: Config) -> dict[str, Any]:
             print(f"D = {dim}, batch {batch_size}: done", flush=True)
     methods = [cell["methods"].values() for cell in cells]
     results = {
-        "experiment": "long_horizon",
-        "config": dataclasses.asdict(config) | {"out": None},
-        "environment": environment(),
-        "dtype": str(jnp.zeros(()).dtype),
+        **head("long_horizon", config, str(jnp.zeros(()).dtype)),
         "gradient_difference": max(
             m["gradient_difference"] for c in methods for m in c
         ),
         "cells": cells,
     }
-    write_json(config.out, results)
-    print(table(results))
-    print(f"Largest difference of gradients: {results['gradient_difference']:.1e}")
-    print(f"Results: {config.out}")
+    report(config.out, results, table(results))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

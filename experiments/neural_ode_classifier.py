@@ -16,7 +16,6 @@ arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing e
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +27,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.common import datasets
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
 from experiments.common.experiment import (
     Experiment,
@@ -288,7 +287,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ExperimentError, ConnectionError) as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

@@ -9,7 +9,6 @@ the dataflow says that everything is coupled, a system of three dimensions.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import tyro
 
 from diffrax_deer import (
     ConstantPredictor,
@@ -27,10 +25,11 @@ from diffrax_deer import (
     SequentialForward,
     WholeInterval,
 )
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
 from experiments.common.flow import DURATION, ConcatSquash, Flow
-from experiments.common.results import environment, format_table, write_json
-from experiments.common.timing import compile_and_time, quartiles
+from experiments.common.results import format_table, head, report
+from experiments.common.timing import compile_and_time, largest_difference, quartiles
 
 _METHODS = ("deer", "deer, constant guess", "deer in sequence")
 
@@ -58,17 +57,11 @@ class Config:
     smoke: bool = False
 
 
-class CoupledFlow(Flow):
-    """The same flow, with a dataflow from the log-density to everything."""
+def make_value_and_grad(method: str, num_steps: int, coupled: bool) -> Any:
+    """The mean log-density and its gradient, with the iterations that it took.
 
-    def _field_and_trace(self, t, state, probe):
-        value, trace = super()._field_and_trace(t, state, probe)
-        none = 0 * state[1]
-        return value + none, trace + none
-
-
-def make_value_and_grad(method: str, num_steps: int) -> Any:
-    """The mean log-density and its gradient, with the iterations that it took."""
+    If `coupled`, there is a dataflow from the log-density to everything.
+    """
     solver = DEERSolver(
         num_steps=num_steps,
         forward=SequentialForward() if "sequence" in method else None,
@@ -84,11 +77,23 @@ def make_value_and_grad(method: str, num_steps: int) -> Any:
         options = {
             "solver": diffrax.Dopri5(),
             "stepsize_controller": diffrax.StepTo(grid),
-            "dt0": None,
         }
 
+    def field(t, state, flow):
+        value, trace = flow.field_and_trace(t, state, None)
+        none = 0 * state[1] if coupled else jnp.zeros((), value.dtype)
+        return value + none, trace + none
+
     def loss(flow, xs):
-        solve = lambda x: flow.solve(x, **options)
+        solve = lambda x: diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            t0=DURATION,
+            t1=0.0,
+            dt0=None,
+            y0=(x, jnp.zeros((), x.dtype)),
+            args=flow,
+            **options,
+        )
         solutions = jax.vmap(solve)(xs)
         iterations = solutions.stats.get("num_newton_iterations", jnp.zeros(()))
         return jnp.mean(jax.vmap(flow.read_out)(solutions.ys)), jnp.mean(iterations)
@@ -101,22 +106,19 @@ def measure_cell(batch_size: int, config: Config) -> dict[str, Any]:
     flow_key, point_key = jr.split(jr.key(0))
     flow = Flow(ConcatSquash(2, config.width, 3, flow_key), 2)
     flow = jax.tree.map(lambda x: config.scale * x if eqx.is_array(x) else x, flow)
-    coupled = CoupledFlow(flow.field, flow.dim)
     xs = jr.normal(point_key, (batch_size, 2), jnp.float32)
     functions = {}
     for name in _METHODS:
-        function = make_value_and_grad(name, config.num_steps)
-        functions[name] = function, (flow, xs)
-        functions[f"{name}: whole"] = function, (coupled, xs)
-    functions["dopri5"] = make_value_and_grad("dopri5", config.num_steps), (flow, xs)
+        for coupled in (False, True):
+            function = make_value_and_grad(name, config.num_steps, coupled)
+            functions[f"{name}: whole" if coupled else name] = function, (flow, xs)
+    baseline = make_value_and_grad("dopri5", config.num_steps, coupled=False)
+    functions["dopri5"] = baseline, (flow, xs)
     timings, values = compile_and_time(functions, config.repeats)
     (_, reference) = values["dopri5"]
-    leaves = jax.tree.leaves(reference)
-    scale = max(float(jnp.max(jnp.abs(x))) for x in leaves)
     for name, ((_, iterations), gradient) in values.items():
-        pairs = zip(jax.tree.leaves(gradient), leaves, strict=True)
-        largest = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
-        timings[name]["gradient_difference"] = largest / scale
+        difference = largest_difference(gradient, reference)
+        timings[name]["gradient_difference"] = difference
         timings[name]["num_iterations"] = float(iterations)
     return {"batch_size": batch_size, "methods": timings}
 
@@ -152,22 +154,13 @@ def main(config: Config) -> dict[str, Any]:
     cells = [measure_cell(batch_size, config) for batch_size in config.batch_sizes]
     timings = [timing for cell in cells for timing in cell["methods"].values()]
     results = {
-        "experiment": "quadratures",
-        "config": dataclasses.asdict(config) | {"out": None},
-        "environment": environment(),
-        "dtype": "float32",
+        **head("quadratures", config, "float32"),
         "gradient_difference": max(t["gradient_difference"] for t in timings),
         "cells": cells,
     }
-    write_json(config.out, results)
-    print(table(results))
-    print(f"Largest difference of gradients: {results['gradient_difference']:.1e}")
-    print(f"Results: {config.out}")
+    report(config.out, results, table(results))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

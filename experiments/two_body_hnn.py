@@ -21,7 +21,6 @@ smaller batches, and float32: the orbits are learned roughly, equally with all s
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +32,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 
 from diffrax_deer import DEERAdjoint, DEERSolver
 from experiments.common import datasets, two_body, warm_start
+from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
 from experiments.common.experiment import (
     Experiment,
@@ -309,7 +308,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except ExperimentError as error:
-        sys.exit(f"Error: {error}")
+    run(main, Config)

@@ -295,7 +295,7 @@ def test_a_failed_solve_has_a_gradient_that_can_be_discarded(forward):
         step_map = rk4(lambda t, y, args: -args * jnp.sqrt(y), rate)
         guess = constant_guess(y0, num_steps)
         iteration = newton()
-        ys, statistics = solve(
+        ys, statistics, _ = solve(
             step_map, y0, intervals(times), guess, forward, iteration
         )
         failed = statistics.result != optx.RESULTS.successful
@@ -323,7 +323,7 @@ def test_a_first_step_that_fails_is_replaced_by_an_idle_one(forward):
     def loss(y0, times):
         xs, idle = intervals(times), (times[0], times[0])
         guess = constant_guess(y0, 3)
-        ys, statistics = solve(step_map, y0, xs, guess, forward, newton(), idle)
+        ys, statistics, _ = solve(step_map, y0, xs, guess, forward, newton(), idle)
         failed = statistics.result != optx.RESULTS.successful
         return jnp.where(failed, 0.0, jnp.sum(ys))
 
@@ -345,7 +345,7 @@ def test_an_unfinished_solve_has_a_gradient_that_can_be_discarded():
     def loss(y0):
         step_map, guess = rk4(problem.field, problem.args), constant_guess(y0, 60)
         iteration = newton(max_iterations=2)
-        ys, statistics = solve(
+        ys, statistics, _ = solve(
             step_map, y0, intervals(times), guess, ParallelForward(), iteration
         )
         failed = statistics.result != optx.RESULTS.successful
@@ -369,7 +369,7 @@ def test_a_cotangent_of_zero_stays_zero(scan):
         step_map, guess = StepMap(lambda x, y: 4 * y * (1 - y)), jnp.zeros((512, 1))
         forward = forwards["sequential"]
         iteration = newton(FullJacobian(), scan)
-        ys, _ = solve(step_map, y0, xs, guess.astype(y0.dtype), forward, iteration)
+        ys, _, _ = solve(step_map, y0, xs, guess.astype(y0.dtype), forward, iteration)
         return ys[0, 0]
 
     value = gradient(jnp.array([0.3], jnp.float32))
@@ -379,7 +379,7 @@ def test_a_cotangent_of_zero_stays_zero(scan):
 def test_a_state_without_components_is_solved():
     empty = jnp.zeros((4, 0))
     step_map = StepMap(lambda x, y: y)
-    ys, statistics = solve(
+    ys, statistics, _ = solve(
         step_map, empty[0], empty, empty, ParallelForward(), newton()
     )
     assert ys.shape == (4, 0)

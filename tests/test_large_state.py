@@ -198,7 +198,9 @@ def test_a_failed_solve_has_a_gradient_that_can_be_discarded():
         step_map = StepMap(lambda x, y: y - jnp.sqrt(y) * x)
         iteration, guess = newton(DiagonalJacobian()), constant_guess(y0, 10)
         xs = jnp.full(10, 0.2)
-        ys, statistics = solve(step_map, y0, xs, guess, forwards["parallel"], iteration)
+        ys, statistics, _ = solve(
+            step_map, y0, xs, guess, forwards["parallel"], iteration
+        )
         return jnp.where(statistics.num_solved < 10, 0.0, jnp.sum(ys))
 
     gradient = jax.jit(jax.vmap(jax.grad(loss)))

@@ -27,7 +27,7 @@ _LAYERS = [
     "_newton",
     "_forward",
     "_implicit",
-    "_dirk",
+    "_runge_kutta",
     "_step_map",
     "_exponential",
     "_quadrature",

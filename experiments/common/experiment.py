@@ -6,7 +6,7 @@ writes what was measured, and prints it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +68,19 @@ class TrainingConfig:
         }
 
 
-def check_settings(
-    config: TrainingConfig, smallest: dict[str, int], positive: Sequence[str] = ()
-) -> None:
+def check_settings(config: TrainingConfig, smallest: dict[str, int]) -> None:
     """Raises an error that names the first setting that makes no sense.
 
     Args:
         config: the settings; those of `TrainingConfig` are checked in any case.
         smallest: the least values of further settings by name.
-        positive: names of further settings that have to be positive and finite.
     """
     counts = dict.fromkeys(("steps", "batch_size", "evaluations", "num_steps"), 1)
     for name, bound in (counts | {"seed": 0} | smallest).items():
         if getattr(config, name) < bound:
             msg = f"{_flag(name)} is {getattr(config, name)}. Choose at least {bound}."
             raise ExperimentError(msg)
-    for name in ("learning_rate", "rtol", "atol", *positive):
+    for name in ("learning_rate", "rtol", "atol"):
         if not 0 < getattr(config, name) < math.inf:
             value = getattr(config, name)
             msg = f"{_flag(name)} is {value}. Choose a positive number."

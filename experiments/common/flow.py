@@ -112,7 +112,7 @@ class Flow(eqx.Module):
         """Lets a point of the data flow to the normal distribution, with its trace."""
         options = {"dt0": -_STEP} | options
         return diffrax.diffeqsolve(
-            diffrax.ODETerm(self._field_and_trace),
+            diffrax.ODETerm(self.field_and_trace),
             t0=DURATION,
             t1=0.0,
             y0=(x, jnp.zeros((), x.dtype)),
@@ -141,7 +141,8 @@ class Flow(eqx.Module):
         ys: Any = solution.ys
         return ys[-1]
 
-    def _field_and_trace(self, t: Any, state: State, probe: Point | None) -> State:
+    def field_and_trace(self, t: Any, state: State, probe: Point | None) -> State:
+        """What `solve` integrates: the vector field and its trace, or an estimate."""
         y, _ = state
         field = lambda y: self.field(t, y)
         if probe is not None:

@@ -136,6 +136,26 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def head(experiment: str, config: Any, dtype: str) -> dict[str, Any]:
+    """What results begin with: of which experiment, with which settings, and where."""
+    return {
+        "experiment": experiment,
+        "config": dataclasses.asdict(config) | {"out": None},
+        "environment": environment(),
+        "dtype": dtype,
+    }
+
+
+def report(path: Path, results: dict[str, Any], table: str) -> None:
+    """Writes and prints the results of measurements."""
+    write_json(path, results)
+    print(table)
+    if "gradient_difference" in results:
+        difference = results["gradient_difference"]
+        print(f"Largest difference of gradients: {difference:.1e}")
+    print(f"Results: {path}")
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays out a Markdown table, first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 
@@ -43,3 +45,11 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
     """The quartiles of timings, in milliseconds."""
     first, median, third = (1000 * np.percentile(seconds, (25, 50, 75))).tolist()
     return first, median, third
+
+
+def largest_difference(found: PyTree[Array], reference: PyTree[Array]) -> float:
+    """The largest difference of any entry, relative to the largest of all entries."""
+    largest = lambda tree: max(
+        float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(tree)
+    )
+    return largest(jax.tree.map(jnp.subtract, found, reference)) / largest(reference)

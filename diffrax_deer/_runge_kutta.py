@@ -1,0 +1,179 @@
+r"""The stages of a Runge-Kutta step, differentiated as what they are: equations.
+
+With $k_i = h f(t_i, Y_i; \theta)$ and $Y_i = y + \sum_{j \le i} a_{ij} k_j$ solved, the
+implicit function theorem gives their derivatives one after another,
+
+$$(I - a_{ii} J_i)\, \dot k_i = J_i \Big(\dot y + \sum_{j < i} a_{ij} \dot k_j\Big)
+    + \dot s_i, \qquad
+J_i = h \frac{\partial f}{\partial y}(t_i, Y_i), \qquad
+\dot s_i = \frac{\partial\, h f}{\partial (t, h, \theta)}(t_i, Y_i)
+    (\dot t_i, \dot h, \dot\theta),$$
+
+whatever the root finder of an implicit method was, and without an error where it has
+failed. The field is differentiated at known points: all stages for the state, with D
+tangents each, and all for the parameters, in one sweep. What leads from stage to stage
+are products of small matrices.
+
+??? cite "Reference"
+
+    Hairer and Wanner, *Solving Ordinary Differential Equations II*, Springer 1996,
+    section IV.8.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from ._custom_types import Matrix, RealScalarLike, State
+
+Times = tuple[RealScalarLike, RealScalarLike]
+
+
+class Tableau(NamedTuple):
+    """The coefficients of a method.
+
+    `a`, `(stages, stages)`, lower triangular with the diagonal; `b`, `c` and `b_error`,
+    `(stages,)`, the weights, the nodes and the weights of the error estimate.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    b_error: np.ndarray
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether no stage depends on itself."""
+        return not np.any(np.diag(self.a))
+
+
+def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
+    """The coefficients of an explicit or diagonally implicit method, if it is one."""
+    # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
+    kind = type(solver)
+    if kind is diffrax.ImplicitEuler:
+        # The stage at the beginning of the step is for the error estimate.
+        first, second = np.diag([0.0, 1.0]), np.array([0.0, 1.0])
+        return Tableau(first, second, second, np.array([-0.5, 0.5]))
+    if not issubclass(kind, diffrax.AbstractERK | diffrax.AbstractDIRK):
+        return None
+    tableau: diffrax.ButcherTableau = solver.tableau  # pyright: ignore
+    size = tableau.num_stages
+    diagonal = np.zeros(size) if tableau.a_diagonal is None else tableau.a_diagonal
+    a = np.diag(np.asarray(diagonal, np.float64))
+    for i, row in enumerate(tableau.a_lower):
+        a[i + 1, : i + 1] = row
+    c = np.append(0.0 if tableau.c1 is None else tableau.c1, tableau.c)
+    return Tableau(a, np.asarray(tableau.b_sol), c, np.asarray(tableau.b_error))
+
+
+def combine(
+    weights: Sequence[float] | np.ndarray, terms: Sequence[Array], like: Array
+) -> Array:
+    """The weighted sum of `terms`, each `like` the other; weights of 0 cost nothing."""
+    pairs = zip(weights, terms, strict=True)
+    products = (float(weight) * x for weight, x in pairs if weight != 0)
+    return sum(products, start=jnp.zeros_like(like))
+
+
+def time_of(node: float, x: Times) -> RealScalarLike:
+    """The time of a stage in the step between the two times `x`."""
+    t0, t1 = x
+    return t1 if node == 1 else t0 + float(node) * (t1 - t0)
+
+
+class AbstractStages(eqx.Module):
+    """Something with a field and a way to solve for the stages."""
+
+    @abc.abstractmethod
+    def coefficients(self) -> Tableau:
+        """The method."""
+
+    @abc.abstractmethod
+    def product_at(self, x: Times) -> Callable[[RealScalarLike, State], State]:
+        """For a step between the two times: from t and y to h f(t, y)."""
+
+    @abc.abstractmethod
+    def solve(self, x: Times, y: State) -> tuple[list[State], diffrax.RESULTS]:
+        """The field at each stage, times the length of the step."""
+
+
+def stage_state(row: np.ndarray, y: State, ks: Sequence[State]) -> State:
+    """The state at the stage of a row of `a`, or the part of it that `ks` make."""
+    row = row[: len(ks)]
+    return y + combine(row, ks, y) if np.any(row) else y
+
+
+def _product(a: Matrix, x: State) -> State:
+    """The product of a small matrix and a vector, in full precision."""
+    # With one matrix for each step, XLA's own product is the fastest on a CPU, also
+    # transposed, and the slowest by far for these sizes.
+    if 4 <= x.size <= 6:
+        return sum((a[:, k] * x[k] for k in range(1, x.size)), start=a[:, 0] * x[0])
+    return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
+
+
+@eqx.filter_custom_jvp
+def solve_stages(
+    stages: AbstractStages, x: Times, y: State
+) -> tuple[list[State], diffrax.RESULTS]:
+    """`stages.solve`, with the derivative above, in any mode and of any order.
+
+    Its cost is D tangents of the field for each stage and, if the method is implicit,
+    a linear system of size D; and whatever the solution was.
+    """
+    return stages.solve(x, y)
+
+
+@solve_stages.def_jvp
+def _(primals, tangents):
+    (stages, x, y), (stages_dot, x_dot, y_dot) = primals, tangents
+    tableau = stages.coefficients()
+    times_of = lambda x: [jnp.asarray(time_of(c, x)) for c in tableau.c]
+    times, times_dot = eqx.filter_jvp(times_of, (x,), (x_dot,))
+    fill = lambda x, x_dot: jnp.zeros_like(x) if x_dot is None else x_dot
+    times_dot = list(map(fill, times, times_dot))
+    is_none = lambda x: x is None
+    driven_dot = stages_dot, x_dot
+    driven, fixed = eqx.partition(
+        (stages, x), jax.tree.map(lambda x: not is_none(x), driven_dot, is_leaf=is_none)
+    )
+
+    @jax.jit
+    def linearize(driven, t, y, driven_dot, t_dot):
+        """Value, Jacobian, and the derivative for all but the state."""
+
+        def product(driven, t, y):
+            stages, x = eqx.combine(driven, fixed)
+            return stages.product_at(x)(t, y)
+
+        k, push = jax.linearize(product, driven, t, y)
+        source, by_state = jax.linearize(
+            lambda y_dot: push(driven_dot, t_dot, y_dot), jnp.zeros_like(y)
+        )
+        return k, jax.vmap(by_state)(jnp.eye(y.size, dtype=y.dtype)).T, source
+
+    ks, result = [], diffrax.RESULTS.successful
+    if not tableau.is_explicit:
+        ks, result = solve_stages(stages, x, y)
+    y_dot = fill(y, y_dot)
+    ks_dot: list[Array] = []
+    for i, row in enumerate(tableau.a):
+        state = stage_state(row, y, ks)
+        k, matrix, source = linearize(driven, times[i], state, driven_dot, times_dot[i])
+        # With the Jacobians come the values of explicit stages.
+        ks = [*ks, k] if tableau.is_explicit else ks
+        k_dot = _product(matrix, stage_state(row, y_dot, ks_dot)) + source
+        if row[i] != 0:
+            left = jnp.eye(y.size, dtype=y.dtype) - float(row[i]) * matrix
+            k_dot = jnp.linalg.solve(left, k_dot)
+        ks_dot.append(k_dot)
+    return (ks, result), (ks_dot, jax.tree.map(lambda _: None, result))
