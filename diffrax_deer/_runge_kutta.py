@@ -20,7 +20,7 @@ are products of small matrices.
     section IV.8.
 """
 
-import abc
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,26 +33,30 @@ from jax import lax
 from jaxtyping import Array
 
 from ._custom_types import Matrix, RealScalarLike, State
+from ._linearization import value_and_jacobian
 
 Times = tuple[RealScalarLike, RealScalarLike]
 
 
+Weights = tuple[float, ...]
+
+
 class Tableau(NamedTuple):
-    """The coefficients of a method.
+    """The coefficients of a method, in Python numbers: they are part of the program.
 
     `a`, `(stages, stages)`, lower triangular with the diagonal; `b`, `c` and `b_error`,
     `(stages,)`, the weights, the nodes and the weights of the error estimate.
     """
 
-    a: np.ndarray
-    b: np.ndarray
-    c: np.ndarray
-    b_error: np.ndarray
+    a: tuple[Weights, ...]
+    b: Weights
+    c: Weights
+    b_error: Weights
 
     @property
     def is_explicit(self) -> bool:
         """Whether no stage depends on itself."""
-        return not np.any(np.diag(self.a))
+        return not any(row[i] for i, row in enumerate(self.a))
 
 
 def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
@@ -61,55 +65,44 @@ def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
     kind = type(solver)
     if kind is diffrax.ImplicitEuler:
         # The stage at the beginning of the step is for the error estimate.
-        first, second = np.diag([0.0, 1.0]), np.array([0.0, 1.0])
-        return Tableau(first, second, second, np.array([-0.5, 0.5]))
+        last = (0.0, 1.0)
+        return Tableau(((0.0, 0.0), last), last, last, (-0.5, 0.5))
     if not issubclass(kind, diffrax.AbstractERK | diffrax.AbstractDIRK):
         return None
     tableau: diffrax.ButcherTableau = solver.tableau  # pyright: ignore
     size = tableau.num_stages
-    diagonal = np.zeros(size) if tableau.a_diagonal is None else tableau.a_diagonal
-    a = np.diag(np.asarray(diagonal, np.float64))
+    a = np.zeros((size, size))
+    if tableau.a_diagonal is not None:
+        np.fill_diagonal(a, tableau.a_diagonal)
     for i, row in enumerate(tableau.a_lower):
         a[i + 1, : i + 1] = row
     c = np.append(0.0 if tableau.c1 is None else tableau.c1, tableau.c)
-    return Tableau(a, np.asarray(tableau.b_sol), c, np.asarray(tableau.b_error))
+    numbers = lambda x: tuple(np.asarray(x, np.float64).tolist())
+    return Tableau(
+        tuple(map(numbers, a)),
+        numbers(tableau.b_sol),
+        numbers(c),
+        numbers(tableau.b_error),
+    )
 
 
-def combine(
-    weights: Sequence[float] | np.ndarray, terms: Sequence[Array], like: Array
-) -> Array:
+def combine(weights: Sequence[float], terms: Sequence[Array], like: Array) -> Array:
     """The weighted sum of `terms`, each `like` the other; weights of 0 cost nothing."""
     pairs = zip(weights, terms, strict=True)
-    products = (float(weight) * x for weight, x in pairs if weight != 0)
+    products = (weight * x for weight, x in pairs if weight != 0)
     return sum(products, start=jnp.zeros_like(like))
 
 
 def time_of(node: float, x: Times) -> RealScalarLike:
     """The time of a stage in the step between the two times `x`."""
     t0, t1 = x
-    return t1 if node == 1 else t0 + float(node) * (t1 - t0)
+    return t1 if node == 1 else t0 + node * (t1 - t0)
 
 
-class AbstractStages(eqx.Module):
-    """Something with a field and a way to solve for the stages."""
-
-    @abc.abstractmethod
-    def coefficients(self) -> Tableau:
-        """The method."""
-
-    @abc.abstractmethod
-    def product_at(self, x: Times) -> Callable[[RealScalarLike, State], State]:
-        """For a step between the two times: from t and y to h f(t, y)."""
-
-    @abc.abstractmethod
-    def solve(self, x: Times, y: State) -> tuple[list[State], diffrax.RESULTS]:
-        """The field at each stage, times the length of the step."""
-
-
-def stage_state(row: np.ndarray, y: State, ks: Sequence[State]) -> State:
+def stage_state(row: Weights, y: State, ks: Sequence[State]) -> State:
     """The state at the stage of a row of `a`, or the part of it that `ks` make."""
     row = row[: len(ks)]
-    return y + combine(row, ks, y) if np.any(row) else y
+    return y + combine(row, ks, y) if any(row) else y
 
 
 def _product(a: Matrix, x: State) -> State:
@@ -121,30 +114,54 @@ def _product(a: Matrix, x: State) -> State:
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
 
 
-@eqx.filter_custom_jvp
-def solve_stages(
-    stages: AbstractStages, x: Times, y: State
+def evaluate_stages(
+    field: Callable[[Times, RealScalarLike, State], State],
+    solve: Callable[[Times, State], tuple[list[State], diffrax.RESULTS]] | None,
+    x: Times,
+    y: State,
+    *,
+    tableau: Tableau,
 ) -> tuple[list[State], diffrax.RESULTS]:
-    """`stages.solve`, with the derivative above, in any mode and of any order.
+    """The field at each stage, times the length of the step.
 
-    Its cost is D tangents of the field for each stage and, if the method is implicit,
-    a linear system of size D; and whatever the solution was.
+    **Arguments:**
+
+    - `field(x, t, y)`: $h f(t, y)$, for a step between the two times `x`.
+    - `solve(x, y)`: the same as this function, for implicit methods; otherwise `None`.
+    - `x`, `y`: the times and the state, `(state,)`.
+    - `tableau`: the method.
     """
-    return stages.solve(x, y)
+    if solve is not None:
+        return solve(x, y)
+    # Unrolled: diffrax runs the stages in a loop, which costs twice the time. Traced
+    # once, and differentiated once, for all stages; XLA inlines it.
+    product, ks = jax.jit(lambda *args: field(*args)), []
+    for row, c in zip(tableau.a, tableau.c, strict=True):
+        ks.append(product(x, time_of(c, x), stage_state(row, y, ks)))
+    return ks, diffrax.RESULTS.successful
+
+
+@eqx.filter_custom_jvp
+def solve_stages(field, solve, x, y, *, tableau):
+    """`evaluate_stages`, with the derivative above, in any mode and of any order.
+
+    `field` and `solve` must be pytrees of all that they depend on. Costs D tangents of
+    the field for each stage and, if the method is implicit, a linear system of size D.
+    """
+    return evaluate_stages(field, solve, x, y, tableau=tableau)
 
 
 @solve_stages.def_jvp
-def _(primals, tangents):
-    (stages, x, y), (stages_dot, x_dot, y_dot) = primals, tangents
-    tableau = stages.coefficients()
+def _(primals, tangents, *, tableau):
+    (field, solve, x, y), (field_dot, _, x_dot, y_dot) = primals, tangents
     times_of = lambda x: [jnp.asarray(time_of(c, x)) for c in tableau.c]
     times, times_dot = eqx.filter_jvp(times_of, (x,), (x_dot,))
     fill = lambda x, x_dot: jnp.zeros_like(x) if x_dot is None else x_dot
     times_dot = list(map(fill, times, times_dot))
     is_none = lambda x: x is None
-    driven_dot = stages_dot, x_dot
+    driven_dot = field_dot, x_dot
     driven, fixed = eqx.partition(
-        (stages, x), jax.tree.map(lambda x: not is_none(x), driven_dot, is_leaf=is_none)
+        (field, x), jax.tree.map(lambda x: x is not None, driven_dot, is_leaf=is_none)
     )
 
     @jax.jit
@@ -152,28 +169,28 @@ def _(primals, tangents):
         """Value, Jacobian, and the derivative for all but the state."""
 
         def product(driven, t, y):
-            stages, x = eqx.combine(driven, fixed)
-            return stages.product_at(x)(t, y)
+            field, x = eqx.combine(driven, fixed)
+            return field(x, t, y)
 
         k, push = jax.linearize(product, driven, t, y)
-        source, by_state = jax.linearize(
-            lambda y_dot: push(driven_dot, t_dot, y_dot), jnp.zeros_like(y)
-        )
-        return k, jax.vmap(by_state)(jnp.eye(y.size, dtype=y.dtype)).T, source
+        source = push(driven_dot, t_dot, jnp.zeros_like(y))
+        # It is linear: what its derivative leaves out is all but the state.
+        _, matrix = value_and_jacobian(ft.partial(push, driven_dot, t_dot), y)
+        return k, matrix, source
 
     ks, result = [], diffrax.RESULTS.successful
-    if not tableau.is_explicit:
-        ks, result = solve_stages(stages, x, y)
+    if solve is not None:
+        ks, result = solve_stages(field, solve, x, y, tableau=tableau)
     y_dot = fill(y, y_dot)
     ks_dot: list[Array] = []
     for i, row in enumerate(tableau.a):
         state = stage_state(row, y, ks)
         k, matrix, source = linearize(driven, times[i], state, driven_dot, times_dot[i])
         # With the Jacobians come the values of explicit stages.
-        ks = [*ks, k] if tableau.is_explicit else ks
+        ks = [*ks, k] if solve is None else ks
         k_dot = _product(matrix, stage_state(row, y_dot, ks_dot)) + source
         if row[i] != 0:
-            left = jnp.eye(y.size, dtype=y.dtype) - float(row[i]) * matrix
+            left = jnp.eye(y.size, dtype=y.dtype) - row[i] * matrix
             k_dot = jnp.linalg.solve(left, k_dot)
         ks_dot.append(k_dot)
     return (ks, result), (ks_dot, jax.tree.map(lambda _: None, result))

@@ -17,14 +17,12 @@ from jaxtyping import Array, PyTree
 from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
 from ._implicit import MOST_DIRECT
 from ._runge_kutta import (
-    AbstractStages,
-    Tableau,
     Times,
     combine,
+    evaluate_stages,
     solve_stages,
     stage_state,
     tableau_of,
-    time_of,
 )
 
 # How `diffrax` marks a root finder whose tolerances are still to be filled in.
@@ -117,7 +115,7 @@ class StepResult(NamedTuple):
     stages: list[State]
 
 
-class SolverStep(AbstractStages):
+class SolverStep(eqx.Module):
     """One step of a diffrax solver on the flat state; `x` is the pair of its times."""
 
     solver: diffrax.AbstractSolver
@@ -171,21 +169,22 @@ class SolverStep(AbstractStages):
         useful = jnp.max(jnp.abs(error)) <= _USEFUL * largest
         return jnp.where(useful, predicted, jnp.nan)
 
-    def coefficients(self) -> Tableau:
-        """The coefficients of the method, if it is a Runge-Kutta method."""
-        tableau = tableau_of(self.solver)
-        assert tableau is not None
-        return tableau
-
     def full(self, x: Times, y: State) -> StepResult:
         """A step, with all that it yields."""
         tableau = tableau_of(self.solver)
         if tableau is None or not self.is_one_field:
             y1, error, dense_info, result = self._general(x, y)
             return StepResult(y1, error, dense_info, result, [])
+        field = lambda x, t, y: self.product_at(x)(t, y)
+        solve = None if tableau.is_explicit else self._implicit_stages
+        evaluate = evaluate_stages
         # A large state has no array of shape `(state, state)`.
-        by_stages = not tableau.is_explicit or y.size <= MOST_DIRECT
-        ks, result = (solve_stages if by_stages else type(self).solve)(self, x, y)
+        if solve is not None or y.size <= MOST_DIRECT:
+            # So that all they close over is an argument, which is differentiated.
+            field = eqx.filter_closure_convert(field, x, x[0], y)
+            solve = solve and eqx.filter_closure_convert(solve, x, y)
+            evaluate = solve_stages
+        ks, result = evaluate(field, solve, x, y, tableau=tableau)
         y1, error = y + combine(tableau.b, ks, y), combine(tableau.b_error, ks, y)
         if not tableau.is_explicit:
             okay = result == diffrax.RESULTS.successful
@@ -196,20 +195,13 @@ class SolverStep(AbstractStages):
         stages = [stage_state(row, y, ks) for row in tableau.a]
         return StepResult(y1, error, dense_info, result, stages)
 
-    def solve(self, x: Times, y: State) -> tuple[list[State], diffrax.RESULTS]:
-        """The stages of a Runge-Kutta method, by which root finder they may be."""
-        tableau = self.coefficients()
-        if not tableau.is_explicit:
-            y1, _, info, result = self._general(x, y)
-            if "k" in info:
-                return list(jax.vmap(lambda k: ravel(k)[0])(info["k"])), result
-            return [self.product_at(x)(x[0], y), y1 - y], result
-        # Unrolled: diffrax runs the stages in a loop, which costs twice the time.
-        # Traced once, and differentiated once, for all stages; XLA inlines it.
-        product, ks = jax.jit(self.product_at(x)), []
-        for row, c in zip(tableau.a, tableau.c, strict=True):
-            ks.append(product(time_of(c, x), stage_state(row, y, ks)))
-        return ks, diffrax.RESULTS.successful
+    def _implicit_stages(
+        self, x: Times, y: State
+    ) -> tuple[list[State], diffrax.RESULTS]:
+        y1, _, info, result = self._general(x, y)
+        if "k" in info:
+            return list(jax.vmap(lambda k: ravel(k)[0])(info["k"])), result
+        return [self.product_at(x)(x[0], y), y1 - y], result
 
     def _general(
         self, x: Times, y: State
