@@ -138,11 +138,10 @@ def _(primals, tangents, **kwargs):
 
     (_, smooth), push, rest = jax.linearize(steps, driven, points[1], has_aux=True)
     # `ys` is held fixed here; its own tangent is what the recurrence solves for.
-    by_states = ft.partial(push, driven_dot)
-    starts_dot = moved(y0_dot, jnp.zeros_like(ys))
-    inhomogeneity, smooth_dot = by_states(starts_dot)
-    # It is linear: what its derivative leaves out is the part of all but the states.
-    product = lambda v: jax.jvp(by_states, (starts_dot,), (v,))[1]
+    # It is linear: its own derivative is the part of the states, and no other.
+    (inhomogeneity, smooth_dot), product = jax.linearize(
+        ft.partial(push, driven_dot), moved(y0_dot, jnp.zeros_like(ys))
+    )
     ys_dot = _linear_response(
         lambda v: product(v)[0], step_map, points, ys, inhomogeneity, iteration
     )
