@@ -36,7 +36,7 @@ from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
 from ._forward import AbstractForward
-from ._linearization import StepMap
+from ._linearization import StepMap, driven
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
 
@@ -94,8 +94,10 @@ def _linear_response(
     return matrix_free_recurrence(product, transitions, inhomogeneity, scan=scan)
 
 
-def _at(step_map: StepMap, xs: PyTree[Any], starts: States):
-    """The steps from `starts`, and all that they yield beside states."""
+def _at(
+    step_map: StepMap, xs: PyTree[Any], starts: States
+) -> tuple[States, PyTree[Array]]:
+    """The states after the steps from `starts`, and all else that the steps yield."""
     if step_map.full is None:
         return jax.vmap(step_map.step)(xs, starts), None
     return jax.vmap(step_map.full)(xs, starts)
@@ -123,24 +125,20 @@ def _(primals, tangents, **kwargs):
     moved = lambda y0_dot, ys_dot: mask(solved, shift(y0_dot, ys_dot))
 
     # The steps are evaluated and linearized once, for all that follows.
-    is_none = lambda x: x is None
-    driven_dot = step_map_dot, xs_dot
-    driven, fixed = eqx.partition(
-        (step_map, points[0]),
-        jax.tree.map(lambda x: x is not None, driven_dot, is_leaf=is_none),
-    )
+    drivers_dot = step_map_dot, xs_dot
+    drivers, fixed = driven((step_map, points[0]), drivers_dot)
 
-    def steps(driven, starts):
-        step_map, xs = eqx.combine(driven, fixed)
+    def steps(drivers, starts):
+        step_map, xs = eqx.combine(drivers, fixed)
         images, more = _at(step_map, xs, starts)
         smooth, rest = eqx.partition(more, eqx.is_inexact_array)
         return (images, smooth), rest
 
-    (_, smooth), push, rest = jax.linearize(steps, driven, points[1], has_aux=True)
-    # `ys` is held fixed here; its own tangent is what the recurrence solves for.
-    # It is linear: its own derivative is the part of the states, and no other.
+    (_, smooth), push, rest = jax.linearize(steps, drivers, points[1], has_aux=True)
+    # `ys` is held fixed here: its own tangent is what the recurrence solves for, by
+    # `product`, which as the derivative of a linear map is that of the states alone.
     (inhomogeneity, smooth_dot), product = jax.linearize(
-        ft.partial(push, driven_dot), moved(y0_dot, jnp.zeros_like(ys))
+        ft.partial(push, drivers_dot), moved(y0_dot, jnp.zeros_like(ys))
     )
     ys_dot = _linear_response(
         lambda v: product(v)[0], step_map, points, ys, inhomogeneity, iteration

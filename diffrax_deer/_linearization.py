@@ -85,6 +85,11 @@ def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
     return value, columns.T
 
 
+def driven(tree: PyTree[Any], tree_dot: PyTree[Any]) -> tuple[PyTree, PyTree]:
+    """`tree` in two: the leaves that have a tangent in `tree_dot`, and the others."""
+    return eqx.partition(tree, jax.tree.map(lambda _, x: x is not None, tree, tree_dot))
+
+
 def random_signs(*shape: int) -> np.ndarray:
     """Signs drawn at random once and for all: a constant, the same at every call."""
     return np.random.default_rng(0).choice([-1.0, 1.0], size=shape)

@@ -33,11 +33,9 @@ from jax import lax
 from jaxtyping import Array
 
 from ._custom_types import Matrix, RealScalarLike, State
-from ._linearization import value_and_jacobian
+from ._linearization import driven, value_and_jacobian
 
 Times = tuple[RealScalarLike, RealScalarLike]
-
-
 Weights = tuple[float, ...]
 
 
@@ -130,6 +128,10 @@ def evaluate_stages(
     - `solve(x, y)`: the same as this function, for implicit methods; otherwise `None`.
     - `x`, `y`: the times and the state, `(state,)`.
     - `tableau`: the method.
+
+    **Returns:**
+
+    One array, `(state,)`, for each stage, and the result of the solver.
     """
     if solve is not None:
         return solve(x, y)
@@ -145,8 +147,9 @@ def evaluate_stages(
 def solve_stages(field, solve, x, y, *, tableau):
     """`evaluate_stages`, with the derivative above, in any mode and of any order.
 
-    `field` and `solve` must be pytrees of all that they depend on. Costs D tangents of
-    the field for each stage and, if the method is implicit, a linear system of size D.
+    The same arguments; `field` and `solve` must be pytrees of all they depend on. Costs
+    D tangents of the field for each stage and, if it is implicit, one linear system of
+    size D.
     """
     return evaluate_stages(field, solve, x, y, tableau=tableau)
 
@@ -158,24 +161,21 @@ def _(primals, tangents, *, tableau):
     times, times_dot = eqx.filter_jvp(times_of, (x,), (x_dot,))
     fill = lambda x, x_dot: jnp.zeros_like(x) if x_dot is None else x_dot
     times_dot = list(map(fill, times, times_dot))
-    is_none = lambda x: x is None
-    driven_dot = field_dot, x_dot
-    driven, fixed = eqx.partition(
-        (field, x), jax.tree.map(lambda x: x is not None, driven_dot, is_leaf=is_none)
-    )
+    drivers_dot = field_dot, x_dot
+    drivers, fixed = driven((field, x), drivers_dot)
 
     @jax.jit
-    def linearize(driven, t, y, driven_dot, t_dot):
+    def linearize(drivers, t, y, drivers_dot, t_dot):
         """Value, Jacobian, and the derivative for all but the state."""
 
-        def product(driven, t, y):
-            field, x = eqx.combine(driven, fixed)
+        def product(drivers, t, y):
+            field, x = eqx.combine(drivers, fixed)
             return field(x, t, y)
 
-        k, push = jax.linearize(product, driven, t, y)
-        source = push(driven_dot, t_dot, jnp.zeros_like(y))
-        # It is linear: what its derivative leaves out is all but the state.
-        _, matrix = value_and_jacobian(ft.partial(push, driven_dot, t_dot), y)
+        k, push = jax.linearize(product, drivers, t, y)
+        source = push(drivers_dot, t_dot, jnp.zeros_like(y))
+        # The derivative of a linear map: of the state alone, whatever the rest is.
+        _, matrix = value_and_jacobian(ft.partial(push, drivers_dot, t_dot), y)
         return k, matrix, source
 
     ks, result = [], diffrax.RESULTS.successful
@@ -185,7 +185,8 @@ def _(primals, tangents, *, tableau):
     ks_dot: list[Array] = []
     for i, row in enumerate(tableau.a):
         state = stage_state(row, y, ks)
-        k, matrix, source = linearize(driven, times[i], state, driven_dot, times_dot[i])
+        t, t_dot = times[i], times_dot[i]
+        k, matrix, source = linearize(drivers, t, state, drivers_dot, t_dot)
         # With the Jacobians come the values of explicit stages.
         ks = [*ks, k] if solve is None else ks
         k_dot = _product(matrix, stage_state(row, y_dot, ks_dot)) + source

@@ -30,7 +30,7 @@ def _neural_ode_classifier(results: dict[str, Any]) -> str:
     what = (
         f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
     )
-    return f"{table}\n\n{_measured(results, what)}"
+    return _measured(table, results, what)
 
 
 def _deer_adjoint(results: dict[str, Any]) -> str:
@@ -40,12 +40,12 @@ def _deer_adjoint(results: dict[str, Any]) -> str:
         f"batch {config['batch_size']}, gradients equal to "
         f"{results['gradient_difference']:.0e}"
     )
-    return f"{deer_adjoint.table(results)}\n\n{_measured(results, what)}"
+    return _measured(deer_adjoint.table(results), results, what)
 
 
 def _convergence(results: dict[str, Any]) -> str:
     what = "tolerance of the iteration 2e-12"
-    return f"{convergence.table(results)}\n\n{_measured(results, what)}"
+    return _measured(convergence.table(results), results, what)
 
 
 def _cnf(results: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def _cnf(results: dict[str, Any]) -> str:
         f"two moons: {config['steps']} training steps, batch {config['batch_size']}, "
         f"{config['num_steps']} steps of DEER, exact trace"
     )
-    return f"{cnf.table(results)}\n\n{_measured(first, what)}"
+    return _measured(cnf.table(results), first, what)
 
 
 def _two_body_hnn(results: dict[str, Any]) -> str:
@@ -69,7 +69,7 @@ def _two_body_hnn(results: dict[str, Any]) -> str:
         comparison_table(first, two_body_hnn.METRICS),
         two_body_hnn.table_of_losses(results),
     )
-    return "\n\n".join((*tables, _measured(first, what)))
+    return _measured("\n\n".join(tables), first, what)
 
 
 def _long_horizon(results: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def _long_horizon(results: dict[str, Any]) -> str:
         f"width {config['width']}, {config['repeats']} repeats, gradients equal to "
         f"{results['gradient_difference']:.0e}"
     )
-    return f"{long_horizon.table(results)}\n\n{_measured(results, what)}"
+    return _measured(long_horizon.table(results), results, what)
 
 
 def _quadratures(results: dict[str, Any]) -> str:
@@ -88,13 +88,15 @@ def _quadratures(results: dict[str, Any]) -> str:
         f"{config['num_steps']} steps, width {config['width']}, {config['repeats']} "
         f"repeats, gradients equal to {results['gradient_difference']:.0e}"
     )
-    return f"{quadratures.table(results)}\n\n{_measured(results, what)}"
+    return _measured(quadratures.table(results), results, what)
 
 
-def _measured(results: dict[str, Any], what: str) -> str:
+def _measured(table: str, results: dict[str, Any], what: str) -> str:
+    """The table, and below it how it was measured."""
     environment = results["environment"]
     versions = environment["versions"]
     return (
+        f"{table}\n\n"
         f"Measured on {environment['num_cpus']} cores ({environment['platform']}), "
         f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
         f"{what}, commit `{environment['commit'][:10]}`."

@@ -8,6 +8,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+import pytest
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -45,6 +46,14 @@ forwards: dict[str, AbstractForward] = {
     "parallel": ParallelForward(),
     "sequential": SequentialForward(),
 }
+
+each_linearization = pytest.mark.parametrize(
+    "linearization", linearizations.values(), ids=linearizations.keys()
+)
+each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
+each_forward = pytest.mark.parametrize(
+    "forward", forwards.values(), ids=forwards.keys()
+)
 
 
 # ---- Problems ----
@@ -233,6 +242,20 @@ def constant_guess(y0: Array, num_steps: int) -> Array:
 
 
 # ---- Judging ----
+
+
+def weighted_loss(trajectory: Callable[[Any], Array], parameters: Any) -> Array:
+    """A number that depends on every entry of a trajectory, nonlinearly."""
+    ys = trajectory(parameters)
+    weight = jnp.cos(jnp.arange(ys.size, dtype=ys.dtype)).reshape(ys.shape)
+    return jnp.sum(weight * jnp.sin(2 * ys))
+
+
+def random_like(parameters: Any) -> Any:
+    """A direction in the space of parameters, always the same."""
+    rng = np.random.default_rng(1)
+    random = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    return jax.tree.map(random, parameters)
 
 
 def relative_error(got: Any, expected: Any) -> float:

@@ -15,25 +15,22 @@ from diffrax_deer._linearization import FullJacobian, StepMap
 
 from .helpers import (
     constant_guess,
+    each_forward,
+    each_linearization,
+    each_scan,
     forwards,
     intervals,
     linearizations,
     newton,
     primitives,
     problems,
+    random_like,
     relative_error,
     result_is,
     rk4,
     scans,
     sequential,
-)
-
-each_linearization = pytest.mark.parametrize(
-    "linearization", linearizations.values(), ids=linearizations.keys()
-)
-each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
-each_forward = pytest.mark.parametrize(
-    "forward", forwards.values(), ids=forwards.keys()
+    weighted_loss,
 )
 
 _STEPS = 9
@@ -70,25 +67,13 @@ def _solve(parameters, *, linearization=None, scan=None, forward=None, guess=Non
     return solve(step_map, y0, intervals(times), guess, forward, iteration)[0]
 
 
-def _loss(trajectory, parameters):
-    ys = trajectory(parameters)
-    weight = jnp.cos(jnp.arange(ys.size, dtype=ys.dtype)).reshape(ys.shape)
-    return jnp.sum(weight * jnp.sin(2 * ys))
-
-
-def _like(parameters):
-    rng = np.random.default_rng(1)
-    random = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(random, parameters)
-
-
 def _both_modes(trajectory):
     """Value, gradient and the derivative along a direction."""
 
     @jax.jit
     def compute(parameters):
-        loss = ft.partial(_loss, trajectory)
-        pushed = jax.jvp(trajectory, (parameters,), (_like(parameters),))
+        loss = ft.partial(weighted_loss, trajectory)
+        pushed = jax.jvp(trajectory, (parameters,), (random_like(parameters),))
         return jax.value_and_grad(loss)(parameters), pushed
 
     return compute
@@ -127,7 +112,7 @@ def test_the_gradient_does_not_depend_on_the_linearization(expected):
 
     @jax.jit
     def gradients(parameters):
-        grad = lambda choice: jax.grad(ft.partial(_loss, choice))(parameters)
+        grad = lambda choice: jax.grad(ft.partial(weighted_loss, choice))(parameters)
         choices = [ft.partial(_solve, linearization=x) for x in linearizations.values()]
         return [grad(choice) for choice in choices]
 
@@ -153,12 +138,12 @@ def test_whole_jacobians_agree():
 
 def test_finite_differences_agree():
     # Of the solve itself: independent of all rules of differentiation.
-    parameters, direction = _problem(), _like(_problem())
+    parameters, direction = _problem(), random_like(_problem())
 
     @jax.jit
     def compare(parameters):
         step = 1e-5
-        loss = ft.partial(_loss, _solve)
+        loss = ft.partial(weighted_loss, _solve)
         moved = lambda s: jax.tree.map(lambda x, d: x + s * d, parameters, direction)
         difference = (loss(moved(step)) - loss(moved(-step))) / (2 * step)
         return difference, jax.jvp(loss, (parameters,), (direction,))[1]
@@ -169,7 +154,9 @@ def test_finite_differences_agree():
 
 def test_the_guess_changes_neither_value_nor_gradient():
     parameters = _problem()
-    loss = lambda guess, parameters: _loss(ft.partial(_solve, guess=guess), parameters)
+    loss = lambda guess, parameters: weighted_loss(
+        ft.partial(_solve, guess=guess), parameters
+    )
     both = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), (0, None)))
     constant = constant_guess(parameters[0], _STEPS)
     guesses = [constant, 0 * constant, constant.at[4].set(jnp.nan), 1e30 * constant]
@@ -187,7 +174,9 @@ def test_batches_of_gradients_agree():
     @jax.jit
     def compare(y0s):
         def grad(trajectory, y0):
-            return jax.grad(ft.partial(_loss, trajectory))((y0, *parameters[1:]))
+            return jax.grad(ft.partial(weighted_loss, trajectory))(
+                (y0, *parameters[1:])
+            )
 
         return [jax.vmap(ft.partial(grad, f))(y0s) for f in (_solve, _unroll)]
 
@@ -270,9 +259,9 @@ def test_hessians_in_all_modes_are_those_of_the_loop(scan, forward):
 def test_the_newton_loop_runs_once(second):
     # The derivatives need linear recurrences, but not another solve.
     def derivatives(parameters):
-        loss = ft.partial(_loss, _solve)
+        loss = ft.partial(weighted_loss, _solve)
         if second:
-            tangents = _like(parameters)
+            tangents = random_like(parameters)
             return jax.jvp(jax.value_and_grad(loss), (parameters,), (tangents,))
         return jax.value_and_grad(loss)(parameters)
 

@@ -26,9 +26,11 @@ from .helpers import (
     forwards,
     newton,
     primitives,
+    random_like,
     relative_error,
     scans,
     sequential,
+    weighted_loss,
 )
 
 _LINEARIZATIONS: dict[str, AbstractLinearization] = {
@@ -80,27 +82,18 @@ def _solve(parameters, *, linearization, scan="sequential", forward="parallel"):
     return solve(step_map, y0, xs, guess, forwards[forward], iteration)[0]
 
 
-def _loss(trajectory, parameters):
-    ys = trajectory(parameters)
-    weight = jnp.cos(jnp.arange(ys.size, dtype=ys.dtype)).reshape(ys.shape)
-    return jnp.sum(weight * jnp.sin(2 * ys))
-
-
-def _like(parameters):
-    rng = np.random.default_rng(1)
-    random = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(random, parameters)
-
-
 def _first(trajectory, parameters):
     """Value, gradient and the derivative along a direction."""
-    pushed = jax.jvp(trajectory, (parameters,), (_like(parameters),))
-    return jax.value_and_grad(ft.partial(_loss, trajectory))(parameters), pushed
+    pushed = jax.jvp(trajectory, (parameters,), (random_like(parameters),))
+    return jax.value_and_grad(ft.partial(weighted_loss, trajectory))(parameters), pushed
 
 
 def _second(trajectory, parameters):
     """Products with the Hessian, forward over reverse and reverse over reverse."""
-    direction, grad = _like(parameters), jax.grad(ft.partial(_loss, trajectory))
+    direction, grad = (
+        random_like(parameters),
+        jax.grad(ft.partial(weighted_loss, trajectory)),
+    )
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
     over_reverse = jax.grad(lambda p: dot(grad(p), direction))
     return jax.jvp(grad, (parameters,), (direction,))[1], over_reverse(parameters)
@@ -154,7 +147,7 @@ def test_batches_of_gradients_agree():
     @jax.jit
     def compare(y0s):
         def grad(trajectory, y0):
-            return jax.grad(ft.partial(_loss, trajectory))((y0, *rest))
+            return jax.grad(ft.partial(weighted_loss, trajectory))((y0, *rest))
 
         own = ft.partial(_solve, linearization=_LINEARIZATIONS["diagonal"])
         return [jax.vmap(ft.partial(grad, f))(y0s) for f in (own, _unroll)]
@@ -216,7 +209,7 @@ def _largest(linearization) -> int:
     """The most elements of any array in value and gradient."""
     parameters = _parameters(size=256)
     trajectory = ft.partial(_solve, linearization=linearization)
-    grad = jax.value_and_grad(ft.partial(_loss, trajectory))
+    grad = jax.value_and_grad(ft.partial(weighted_loss, trajectory))
     equations = primitives(jax.make_jaxpr(grad)(parameters))
     return max(out.aval.size for equation in equations for out in equation.outvars)
 

@@ -20,6 +20,8 @@ from diffrax_deer._linearization import (
 from .helpers import (
     constant_guess,
     discretize,
+    each_linearization,
+    each_scan,
     forwards,
     linearizations,
     newton,
@@ -30,11 +32,6 @@ from .helpers import (
     scans,
     sequential,
 )
-
-each_linearization = pytest.mark.parametrize(
-    "linearization", linearizations.values(), ids=linearizations.keys()
-)
-each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
 
 
 def _discretize(name: str, num_steps: int, *, dtype=jnp.float64, t1=None):
