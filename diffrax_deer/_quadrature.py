@@ -12,20 +12,18 @@ gradient of the parameters in an adjoint equation. They are found in the dataflo
 vector field, leaf by leaf.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import optimistix as optx
-from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, PyTree
 
 from ._causal import hold, prefix
 from ._custom_types import Args, RealScalarLike, State, States, Y
+from ._dataflow import influences, without_dead_code
 from ._exponential import ExponentialRosenbrockEuler
 from ._implicit import linearization_points
 from ._newton import Statistics
@@ -39,34 +37,6 @@ _ADDITIVE = (
     diffrax.ImplicitEuler,
     ExponentialRosenbrockEuler,
 )
-
-
-def _trace(f: Callable, *args: PyTree[Array]) -> tuple[Any, list[bool], Any]:
-    """`f` without dead code, which leaves of `args` it uses, and its output's shape."""
-    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    jaxpr, used = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return jex.core.ClosedJaxpr(jaxpr, closed.consts), used, shape
-
-
-def without_dead_code(f: Callable) -> Callable:
-    """`f`, rid of all that its result does not depend on, before it is differentiated.
-
-    Takes and returns pytrees of arrays.
-    """
-
-    def lean(*args):
-        closed, used, shape = _trace(f, *args)
-        leaves = zip(jax.tree.leaves(args), used, strict=True)
-        out = jex.core.jaxpr_as_fun(closed)(*(x for x, is_used in leaves if is_used))
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
-
-    return lean
-
-
-def influences(f: Callable[[Y], PyTree[Array]], y: Y) -> PyTree[bool]:
-    """Whether `f` depends on it, for each leaf of `y`. By dataflow, not by value."""
-    y = jax.tree.map(jnp.asarray, y)
-    return jax.tree.unflatten(jax.tree.structure(y), _trace(f, y)[1])
 
 
 class _CoupledTerm(diffrax.AbstractTerm):

@@ -15,6 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
+from ._dataflow import arguments_first
 from ._implicit import MOST_DIRECT
 from ._runge_kutta import (
     Times,
@@ -148,7 +149,7 @@ class SolverStep(eqx.Module):
             out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
             return ravel(out)[0].astype(y.dtype)
 
-        return product
+        return arguments_first(product)
 
     def step(self, x: Times, y: State) -> State:
         """The state at the end of the step."""

@@ -28,6 +28,7 @@ _LAYERS = [
     "_forward",
     "_implicit",
     "_runge_kutta",
+    "_dataflow",
     "_step_map",
     "_exponential",
     "_quadrature",

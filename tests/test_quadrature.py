@@ -19,7 +19,6 @@ from diffrax_deer import (
     SequentialForward,
     WholeInterval,
 )
-from diffrax_deer._quadrature import influences, without_dead_code
 
 from .helpers import linearizations, primitives, relative_error
 from .oracle import all_adjoints, assert_equal, one_by_one
@@ -158,20 +157,6 @@ def test_solvers_of_other_kinds_are_left_alone():
 
     solver = DEERSolver(Projected(diffrax.Euler()))
     assert solver.quadratures(_TERM, 0.0, 1.0, _Y0, _W) == dict.fromkeys(_Y0, False)
-
-
-def test_dead_code_is_not_even_traced_again():
-    def f(x, y):
-        return jnp.sin(x["a"]), lax.erf(y)
-
-    x = {"a": jnp.ones(2), "b": jnp.zeros(3)}
-    lean = without_dead_code(lambda x, y: f(x, y)[0])
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x, y: jnp.sum(lean(x, y))))(x, jnp.ones(1))
-    names = {equation.primitive.name for equation in primitives(jaxpr)}
-    assert "cos" in names
-    assert "erf" not in names
-    np.testing.assert_array_equal(lean(x, jnp.ones(1)), jnp.sin(x["a"]))
-    assert influences(lambda x: f(x, jnp.ones(1)), x) == {"a": True, "b": False}
 
 
 # ---- What comes out ----
