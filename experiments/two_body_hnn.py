@@ -34,7 +34,6 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from diffrax_deer import DEERAdjoint, DEERSolver
 from experiments.common import datasets, two_body, warm_start
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
@@ -150,10 +149,7 @@ class Config(TrainingConfig):
         """The arguments of `diffrax.diffeqsolve` for the first `num_times` times."""
         factor = _TOLERANCE_FACTORS.get(name, 1.0)
         num_steps = self.num_steps * num_times // self.num_times
-        options = solve_options(factor * self.rtol, factor * self.atol, num_steps)[name]
-        if isinstance(options["solver"], DEERSolver):
-            options["adjoint"] = DEERAdjoint()
-        return options
+        return solve_options(factor * self.rtol, factor * self.atol, num_steps)[name]
 
     @property
     def reference(self) -> dict[str, Any]:

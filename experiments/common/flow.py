@@ -21,6 +21,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 DURATION = 0.5
 _STEP = DURATION / 20  # the first of adaptive solvers
 
+# On a CPU the gradient of a short axis of tangents is slow: XLA sums over it by a
+# library whose calls take longer than all else.
+_MOST_UNROLLED = 4
+
 Point = Float[Array, " dim"]
 Scalar = Float[Array, ""]
 State = tuple[Point, Scalar]
@@ -148,7 +152,9 @@ class Flow(eqx.Module):
         if probe is not None:
             value, tangent = jax.jvp(field, (y,), (probe,))
             return value, tangent @ probe
-        push = lambda unit: jax.jvp(field, (y,), (unit,))
+        value, push = jax.linearize(field, y)
         units = jnp.eye(self.dim, dtype=y.dtype)
-        value, columns = jax.vmap(push, out_axes=(None, 0))(units)
-        return value, jnp.trace(columns)
+        if self.dim > _MOST_UNROLLED:
+            return value, jnp.trace(jax.vmap(push)(units))
+        diagonal = (push(unit)[i] for i, unit in enumerate(units))
+        return value, sum(diagonal, start=jnp.zeros((), y.dtype))

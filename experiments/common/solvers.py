@@ -6,7 +6,13 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diffrax_deer import CoarsePredictor, DEERSolver, SequentialForward, WholeInterval
+from diffrax_deer import (
+    CoarsePredictor,
+    DEERAdjoint,
+    DEERSolver,
+    SequentialForward,
+    WholeInterval,
+)
 
 SolverName = Literal["deer", "deer_sequential", "dopri5", "tsit5"]
 
@@ -22,14 +28,12 @@ def solve_options(
         num_steps: number of steps of Dopri5 into which DEER divides the interval.
     """
     adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
+    whole = {"stepsize_controller": WholeInterval(), "adjoint": DEERAdjoint()}
     deer = DEERSolver(num_steps=num_steps)
     sequential = DEERSolver(num_steps=num_steps, forward=SequentialForward())
     return {
-        "deer": {"solver": deer, "stepsize_controller": WholeInterval()},
-        "deer_sequential": {
-            "solver": sequential,
-            "stepsize_controller": WholeInterval(),
-        },
+        "deer": {"solver": deer, **whole},
+        "deer_sequential": {"solver": sequential, **whole},
         "dopri5": {"solver": diffrax.Dopri5(), "stepsize_controller": adaptive},
         "tsit5": {"solver": diffrax.Tsit5(), "stepsize_controller": adaptive},
     }
