@@ -172,6 +172,22 @@ def test_log_density_is_the_change_of_variables(change_of_variables, solver):
     )
 
 
+@pytest.mark.parametrize("dim", [1, 2, 4, 5, 10])
+@pytest.mark.parametrize("name", FIELDS)
+def test_trace_is_that_of_the_jacobian(name, dim):
+    flow, y = _flow(name, dim), jnp.linspace(-1.0, 1.5, dim, dtype=jnp.float32)
+
+    def traces(y):
+        value, trace = flow.field_and_trace(0.3, (y, jnp.zeros(())), None)
+        return trace, jnp.trace(jax.jacrev(lambda y: flow.field(0.3, y))(y)), value
+
+    trace, expected, value = traces(y)
+    np.testing.assert_allclose(trace, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, flow.field(0.3, y), rtol=1e-6)
+    gradients = [jax.grad(lambda y, i=i: traces(y)[i])(y) for i in (0, 1)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_estimated_trace_is_unbiased():
     """Signs of all combinations average to the trace."""
     flow, options = _flow(), _OPTIONS["deer_sequential"]

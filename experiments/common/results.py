@@ -43,11 +43,14 @@ class Metric:
 
 _PACKAGES = ("jax", "jaxlib", "diffrax", "equinox", "optax", "diffrax_deer")
 
+# Where changes would matter to what is measured.
+_CODE = (":(top)diffrax_deer", ":(top)experiments/*.py", ":(top)uv.lock")
+
 
 def environment() -> dict[str, Any]:
     """Describes what a measurement depends on beside the experiment's own settings."""
     device = jax.devices()[0]
-    changes = _git("status", "--porcelain")
+    changes = _git("status", "--porcelain", "--", *_CODE)
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else changes != "",
