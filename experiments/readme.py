@@ -49,12 +49,17 @@ def _convergence(results: dict[str, Any]) -> str:
 
 
 def _cnf(results: dict[str, Any]) -> str:
+    groups: dict[str, list[str]] = {}
+    for name, result in results.items():
+        config = result["config"]
+        settings = (
+            f"{config['steps']} training steps, rate {config['learning_rate']}, "
+            f"{config['num_steps']} steps of DEER"
+        )
+        groups.setdefault(settings, []).append(name)
+    parts = [f"{', '.join(names)}: {settings}" for settings, names in groups.items()]
     first = results["two_moons"]
-    config = first["config"]
-    what = (
-        f"two moons: {config['steps']} training steps, batch {config['batch_size']}, "
-        f"{config['num_steps']} steps of DEER, exact trace"
-    )
+    what = f"batch {first['config']['batch_size']}, exact trace ({'; '.join(parts)})"
     return _measured(cnf.table(results), first, what)
 
 
