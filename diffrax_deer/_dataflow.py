@@ -52,6 +52,9 @@ def arguments_first(f: Callable) -> Callable:
     axes of the batch and of time then stay in front, as they are in memory. Otherwise
     they end up behind, for several nested `vmap`s in an order in which every
     elementwise operation that follows reads or writes its operands transposed.
+
+    Functions under `jax.jit` are looked into; loops, branches and functions with
+    derivatives of their own are left as they are.
     """
 
     def swapped(*args):
@@ -79,7 +82,7 @@ def _evaluate(
         operands = list(map(read, equation.invars))
         moves = list(map(depends, equation.invars))
         moved = [any(moves)] * len(equation.outvars)
-        if equation.primitive.name in ("jit", "pjit"):
+        if equation.primitive.name == "jit":
             out, moved = _evaluate(equation.params["jaxpr"], operands, moves)
         elif equation.primitive.name == "dot_general" and moves == [False, True]:
             out = [_swapped_product(*operands, **equation.params)]

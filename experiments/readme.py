@@ -30,7 +30,7 @@ def _neural_ode_classifier(results: dict[str, Any]) -> str:
     what = (
         f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
     )
-    return _measured(table, results, what)
+    return _measured(table, what, results)
 
 
 def _deer_adjoint(results: dict[str, Any]) -> str:
@@ -40,12 +40,12 @@ def _deer_adjoint(results: dict[str, Any]) -> str:
         f"batch {config['batch_size']}, gradients equal to "
         f"{results['gradient_difference']:.0e}"
     )
-    return _measured(deer_adjoint.table(results), results, what)
+    return _measured(deer_adjoint.table(results), what, results)
 
 
 def _convergence(results: dict[str, Any]) -> str:
     what = "tolerance of the iteration 2e-12"
-    return _measured(convergence.table(results), results, what)
+    return _measured(convergence.table(results), what, results)
 
 
 def _cnf(results: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def _cnf(results: dict[str, Any]) -> str:
     parts = [f"{', '.join(names)}: {settings}" for settings, names in groups.items()]
     first = results["two_moons"]
     what = f"batch {first['config']['batch_size']}, exact trace ({'; '.join(parts)})"
-    return _measured(cnf.table(results), first, what)
+    return _measured(cnf.table(results), what, *results.values())
 
 
 def _two_body_hnn(results: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def _two_body_hnn(results: dict[str, Any]) -> str:
         comparison_table(first, two_body_hnn.METRICS),
         two_body_hnn.table_of_losses(results),
     )
-    return _measured("\n\n".join(tables), first, what)
+    return _measured("\n\n".join(tables), what, *results.values())
 
 
 def _long_horizon(results: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def _long_horizon(results: dict[str, Any]) -> str:
         f"width {config['width']}, {config['repeats']} repeats, gradients equal to "
         f"{results['gradient_difference']:.0e}"
     )
-    return _measured(long_horizon.table(results), results, what)
+    return _measured(long_horizon.table(results), what, results)
 
 
 def _quadratures(results: dict[str, Any]) -> str:
@@ -93,18 +93,21 @@ def _quadratures(results: dict[str, Any]) -> str:
         f"{config['num_steps']} steps, width {config['width']}, {config['repeats']} "
         f"repeats, gradients equal to {results['gradient_difference']:.0e}"
     )
-    return _measured(quadratures.table(results), results, what)
+    return _measured(quadratures.table(results), what, results)
 
 
-def _measured(table: str, results: dict[str, Any], what: str) -> str:
-    """The table, and below it how it was measured."""
-    environment = results["environment"]
+def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
+    """The table, and below it how it was measured, by one run or by several."""
+    environments = [result["environment"] for result in results]
+    environment = environments[0]
     versions = environment["versions"]
+    # In the order of the runs, each of them once.
+    commits = dict.fromkeys(f"`{each['commit'][:10]}`" for each in environments)
     return (
         f"{table}\n\n"
         f"Measured on {environment['num_cpus']} cores ({environment['platform']}), "
-        f"{results['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
-        f"{what}, commit `{environment['commit'][:10]}`."
+        f"{results[0]['dtype']}, jax {versions['jax']}, diffrax {versions['diffrax']}, "
+        f"{what}, commit {', '.join(commits)}."
     )
 
 

@@ -154,9 +154,7 @@ def test_finite_differences_agree():
 
 def test_the_guess_changes_neither_value_nor_gradient():
     parameters = _problem()
-    loss = lambda guess, parameters: weighted_loss(
-        ft.partial(_solve, guess=guess), parameters
-    )
+    loss = lambda guess, x: weighted_loss(ft.partial(_solve, guess=guess), x)
     both = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), (0, None)))
     constant = constant_guess(parameters[0], _STEPS)
     guesses = [constant, 0 * constant, constant.at[4].set(jnp.nan), 1e30 * constant]
@@ -174,9 +172,8 @@ def test_batches_of_gradients_agree():
     @jax.jit
     def compare(y0s):
         def grad(trajectory, y0):
-            return jax.grad(ft.partial(weighted_loss, trajectory))(
-                (y0, *parameters[1:])
-            )
+            grad = jax.grad(ft.partial(weighted_loss, trajectory))
+            return grad((y0, *parameters[1:]))
 
         return [jax.vmap(ft.partial(grad, f))(y0s) for f in (_solve, _unroll)]
 

@@ -90,10 +90,8 @@ def _first(trajectory, parameters):
 
 def _second(trajectory, parameters):
     """Products with the Hessian, forward over reverse and reverse over reverse."""
-    direction, grad = (
-        random_like(parameters),
-        jax.grad(ft.partial(weighted_loss, trajectory)),
-    )
+    direction = random_like(parameters)
+    grad = jax.grad(ft.partial(weighted_loss, trajectory))
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
     over_reverse = jax.grad(lambda p: dot(grad(p), direction))
     return jax.jvp(grad, (parameters,), (direction,))[1], over_reverse(parameters)

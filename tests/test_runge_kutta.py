@@ -46,7 +46,8 @@ def _own(inner, x, y):
 @pytest.mark.parametrize(
     ("name", "stiffness"),
     [(name, 1.0) for name in _SOLVERS]
-    + [(name, 1e2) for name in ("implicit_euler", "kvaerno3", "kvaerno5")],
+    # At 1e3 the root finder of the reference fails for Kvaerno5.
+    + [("implicit_euler", 1e3), ("kvaerno3", 1e3), ("kvaerno5", 3e2)],
 )
 def test_values_and_derivatives_are_those_of_the_step(name, stiffness):
     """For the state, both times and the parameters; also those of the derivatives."""
