@@ -15,6 +15,7 @@ from ._affine_scan import (
 )
 from ._blocks import BlockDiagonalJacobian as BlockDiagonalJacobian
 from ._controller import WholeInterval as WholeInterval
+from ._deer_scan import deer_scan as deer_scan
 from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
 from ._forward import (
     AbstractForward as AbstractForward,

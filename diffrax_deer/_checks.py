@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from ._custom_types import Y
 
 # In all Jacobians together: 4 GiB in single precision, and there are several copies.
-_MOST_ENTRIES = 2**30
+MOST_ENTRIES = 2**30
 
 # Their steps carry more than the state from one to the next, or need a noise.
 _NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
@@ -101,11 +101,11 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
 
 
 def check_size(num_steps: int, size: int) -> None:
-    """Raises where dense transitions would be more than `_MOST_ENTRIES` numbers.
+    """Raises where dense transitions would be more than `MOST_ENTRIES` numbers.
 
     That is N D², for `num_steps` N and `size` D.
     """
-    if num_steps * size**2 <= _MOST_ENTRIES:
+    if num_steps * size**2 <= MOST_ENTRIES:
         return
     msg = (
         f"The Jacobians of {num_steps} steps with a state of {size} components have "

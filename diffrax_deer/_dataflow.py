@@ -3,12 +3,13 @@
 What a user writes is traced once, and the program is read before it is differentiated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, PyTree
@@ -66,6 +67,183 @@ def arguments_first(f: Callable) -> Callable:
     return swapped
 
 
+class Program:
+    """`f` as a list of equations, from the leaves of its arguments to its own.
+
+    Traced once, at `args`; products are swapped as by `arguments_first`, and functions
+    under `jax.jit` are taken apart. What `f` closes over may be traced.
+    """
+
+    def __init__(self, f: Callable, *args: PyTree[Array]):
+        closed = jax.make_jaxpr(arguments_first(f))(*args)
+        self._jaxpr, self._consts = closed.jaxpr, closed.consts
+
+    def dependencies(self) -> list[set[int]]:
+        """The numbers of the inputs that each output depends on. By dataflow."""
+        wanted = np.eye(len(self._jaxpr.outvars), dtype=bool).tolist()
+        used = [pe.dce_jaxpr(self._jaxpr, only)[1] for only in wanted]
+        return [set(np.flatnonzero(u).tolist()) for u in used]
+
+    def passes_on(self, number: int) -> bool:
+        """Whether the output of this number is the input of this number."""
+        return self._jaxpr.outvars[number] is self._jaxpr.invars[number]
+
+    def split(
+        self, outputs: Sequence[int], by: Sequence[int], known: Sequence[int] = ()
+    ) -> tuple[Callable, Callable]:
+        """What of `outputs` is known before the inputs `by` are, and the rest of it.
+
+        **Arguments:** all of them numbers.
+
+        - `outputs`: what is wanted.
+        - `by`: inputs.
+        - `known`: outputs that are not evaluated but used, where others need them.
+
+        **Returns:** two functions, `early` and `late`, whose composition
+        `late(early(inputs, known), values)` gives the outputs:
+
+        - `early` of the values of all other inputs that are needed, and of what is
+            known, both as mappings from number to array;
+        - `late` of a list of arrays, which is the result of the former, and of the
+            values of the inputs `by`. It evaluates only what depends on these.
+        """
+        jaxpr = self._jaxpr
+        constants = dict(zip(jaxpr.constvars, self._consts, strict=True))
+        wanted = [jaxpr.outvars[i] for i in outputs]
+        last = {jaxpr.invars[i] for i in by}
+        boundary = {jaxpr.outvars[i] for i in known} - last
+        moves = _dependents(jaxpr, last, boundary)
+        varies = _dependents(jaxpr, boundary | set(jaxpr.invars), ())
+        ready = lambda v: not _is_literal(v) and v in varies and v not in moves
+        late_ones = [
+            equation
+            for equation in _needed(jaxpr, boundary, wanted)
+            if moves.intersection(equation.outvars)
+        ]
+        used = wanted + [v for equation in late_ones for v in equation.invars]
+        early_ones = list(dict.fromkeys(filter(ready, used)))
+
+        def early(
+            inputs: Mapping[int, Array], outputs: Mapping[int, Array]
+        ) -> list[Array]:
+            values = constants | {jaxpr.invars[i]: x for i, x in inputs.items()}
+            values |= {jaxpr.outvars[i]: x for i, x in outputs.items()}
+            return _values_of(jaxpr, values, early_ones)
+
+        def late(first: Sequence[Array], values: Sequence[Array]) -> list[Array]:
+            known = constants | dict(zip(early_ones, first, strict=True))
+            known |= zip((jaxpr.invars[i] for i in by), values, strict=True)
+            return _values_of(jaxpr, known, wanted)
+
+        return early, late
+
+    def is_elementwise(
+        self, outputs: Sequence[int], by: Sequence[int], known: Sequence[int] = ()
+    ) -> bool:
+        """Whether each entry of `outputs` depends on one entry of the inputs `by` only.
+
+        By dataflow: between them there are only operations that act on each entry, and
+        everything on the way has the shape of the one input. Arguments as for `split`.
+        """
+        tracked = {self._jaxpr.invars[i] for i in by}
+        wanted = [self._jaxpr.outvars[i] for i in outputs]
+        boundary = {self._jaxpr.outvars[i] for i in known} - tracked
+        shape = self._jaxpr.invars[by[0]].aval.shape
+        alone = len(by) == 1
+        return alone and _is_elementwise(self._jaxpr, tracked, wanted, shape, boundary)
+
+
+# They act on each entry, and on several operands entry by entry.
+_ELEMENTWISE = frozenset(
+    """
+    abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp complex conj
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min
+    mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n sign
+    sin sinh sqrt square stop_gradient sub tan tanh xor
+    """.split()
+)
+# Functions within a program, and where their equations are.
+_CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr"}
+
+
+def _is_elementwise(
+    jaxpr: Any,
+    tracked: set[Any],
+    wanted: Sequence[Any],
+    shape: tuple[int, ...],
+    known: Container[Any] = (),
+) -> bool:
+    """Whether `wanted` depends on `tracked`, of that shape, entry by entry."""
+    tracked = set(tracked)
+    for equation in _needed(jaxpr, known, wanted):
+        moved = [not _is_literal(v) and v in tracked for v in equation.invars]
+        if not any(moved):
+            continue
+        name, params = equation.primitive.name, equation.params
+        if name in _CALLS:
+            inner = params[_CALLS[name]].jaxpr
+            within = {v for v, m in zip(inner.invars, moved, strict=True) if m}
+            okay = _is_elementwise(inner, within, inner.outvars, shape)
+        else:
+            okay = name in _ELEMENTWISE
+        if not okay or any(v.aval.shape != shape for v in equation.outvars):
+            return False
+        tracked |= set(equation.outvars)
+    return True
+
+
+def _is_literal(v: Any) -> bool:
+    return isinstance(v, jex.core.Literal)
+
+
+def _dependents(jaxpr: Any, on: set[Any], but: Container[Any]) -> set[Any]:
+    """The variables that depend on those in `on`, which are included; none in `but`."""
+    found = set(on)
+    for equation in jaxpr.eqns:
+        if any(not _is_literal(v) and v in found for v in equation.invars):
+            found |= {v for v in equation.outvars if v not in but}
+    return found
+
+
+def _needed(jaxpr: Any, known: Container[Any], wanted: Sequence[Any]) -> list[Any]:
+    """The equations that lead from what is `known` to what is `wanted`."""
+    open_ones = {v for v in wanted if not _is_literal(v) and v not in known}
+    equations = []
+    for equation in reversed(jaxpr.eqns):
+        if open_ones.intersection(equation.outvars):
+            equations.append(equation)
+            open_ones |= {
+                v for v in equation.invars if not _is_literal(v) and v not in known
+            }
+    return equations[::-1]
+
+
+def _values_of(
+    jaxpr: Any, values: dict[Any, Array], wanted: Sequence[Any]
+) -> list[Array]:
+    """The values of the variables `wanted`, from those in `values`."""
+    read = lambda v: v.val if _is_literal(v) else values[v]
+    for equation in _needed(jaxpr, values, wanted):
+        out = _evaluate_one(jaxpr, equation, read)
+        values = dict(zip(equation.outvars, out, strict=True)) | values
+    return list(map(read, wanted))
+
+
+def _evaluate_one(jaxpr: Any, equation: Any, read: Callable[[Any], Any]) -> list[Array]:
+    """The outputs of one equation of `jaxpr`."""
+    used = list(dict.fromkeys(v for v in equation.invars if not _is_literal(v)))
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=used,
+        outvars=equation.outvars,
+        eqns=[equation],
+        effects=equation.effects,
+    )
+    alone = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(alone, []))
+    return alone(*map(read, used))
+
+
 def _evaluate(
     closed: Any, args: Sequence[Array], varies: Sequence[bool]
 ) -> tuple[list[Array], list[bool]]:
@@ -74,9 +252,8 @@ def _evaluate(
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
     varying = {v for v, moves in zip(jaxpr.invars, varies, strict=True) if moves}
-    is_literal = lambda v: isinstance(v, jex.core.Literal)
-    depends = lambda v: not is_literal(v) and v in varying
-    read = lambda v: v.val if is_literal(v) else values[v]
+    depends = lambda v: not _is_literal(v) and v in varying
+    read = lambda v: v.val if _is_literal(v) else values[v]
 
     for equation in jaxpr.eqns:
         operands = list(map(read, equation.invars))
@@ -87,16 +264,7 @@ def _evaluate(
         elif equation.primitive.name == "dot_general" and moves == [False, True]:
             out = [_swapped_product(*operands, **equation.params)]
         else:
-            used = list(dict.fromkeys(v for v in equation.invars if not is_literal(v)))
-            alone = jaxpr.replace(
-                constvars=[],
-                invars=used,
-                outvars=equation.outvars,
-                eqns=[equation],
-                effects=equation.effects,
-            )
-            alone = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(alone, []))
-            out = alone(*map(read, used))
+            out = _evaluate_one(jaxpr, equation, read)
         values |= zip(equation.outvars, out, strict=True)
         varying |= {v for v, m in zip(equation.outvars, moved, strict=True) if m}
     return list(map(read, jaxpr.outvars)), list(map(depends, jaxpr.outvars))

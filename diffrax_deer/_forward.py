@@ -45,13 +45,13 @@ class SequentialForward(AbstractForward):
     """
 
     def __call__(self, step_map, y0, xs, guess, iteration):
-        del guess, iteration
+        del iteration
 
         def step(y, x):
             y = step_map.step(x, y)
             return y, y
 
-        _, ys = lax.scan(step, y0, xs)
+        _, ys = lax.scan(step, y0, xs, length=len(guess))
         finite = jnp.all(jnp.isfinite(ys), axis=-1)
         # As after an iteration: a finite trajectory, so that no derivative is NaN.
         num_finite = prefix(finite)
@@ -61,3 +61,17 @@ class SequentialForward(AbstractForward):
         )
         zero = jnp.zeros((), ys.dtype)
         return ys, Statistics(jnp.array(0, int), zero, num_finite, result)
+
+
+class PlatformForward(AbstractForward):
+    """In sequence on a CPU, in parallel elsewhere; chosen when compiled."""
+
+    def __call__(self, step_map, y0, xs, guess, iteration):
+        sequential, parallel = SequentialForward(), ParallelForward()
+        return lax.platform_dependent(
+            y0,
+            xs,
+            guess,
+            cpu=lambda y0, xs, guess: sequential(step_map, y0, xs, guess, iteration),
+            default=lambda y0, xs, guess: parallel(step_map, y0, xs, guess, iteration),
+        )

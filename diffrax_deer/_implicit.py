@@ -80,6 +80,9 @@ def _linear_response(
     D is large and the iteration has no such array either, by products with them.
     """
     num_steps, size = ys.shape
+    if step_map.is_elementwise:
+        diagonals = product(jnp.ones_like(ys))
+        return affine_recurrence(diagonals, inhomogeneity, scan=iteration.scan)
     if iteration.linearization.is_dense:
         check_size(num_steps, size)
     if iteration.linearization.is_dense or size <= MOST_DIRECT:
@@ -236,6 +239,7 @@ def solve(
         convert(step_map.full, x, y0),
         convert(step_map.leap, x, x, x, y0),
         step_map.leaves,
+        step_map.is_elementwise,
     )
     return _solve(
         step_map,

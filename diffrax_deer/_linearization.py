@@ -54,6 +54,8 @@ class StepMap(eqx.Module):
         the step `x` between them; otherwise `None`.
     - `leaves`: where the state is a ravelled pytree, shapes and types of its leaves;
         otherwise `None`.
+    - `is_elementwise`: whether each component of the step depends on the same component
+        of the state only. Its Jacobian is then diagonal, and held as a diagonal.
 
     `x` is what drives the step: its two times, or the input of a recurrent network.
     """
@@ -65,6 +67,7 @@ class StepMap(eqx.Module):
     leaves: tuple[jax.ShapeDtypeStruct, ...] | None = eqx.field(
         static=True, default=None
     )
+    is_elementwise: bool = eqx.field(static=True, default=False)
 
 
 def value_and_tangents(
@@ -109,9 +112,12 @@ def _diagonal(f: VectorField, y: State) -> State:
     return lax.map(some, index).reshape(-1)[: y.size]
 
 
-def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix:
-    """The matrix of shape `(D, D)` of the derivatives of a step, D ≥ 1."""
-    return value_and_jacobian(lambda y: step_map.step(x, y), y)[1]
+def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix | State:
+    """The derivatives of a step, D ≥ 1: `(D, D)`, or `(D,)` if it is elementwise."""
+    step = lambda y: step_map.step(x, y)
+    if step_map.is_elementwise:
+        return value_and_tangents(step, y, jnp.ones((1, y.size), y.dtype))[1][0]
+    return value_and_jacobian(step, y)[1]
 
 
 class AbstractLinearization(eqx.Module):
@@ -145,7 +151,8 @@ class AbstractLinearization(eqx.Module):
 class FullJacobian(AbstractLinearization):
     r"""Newton's method: $A_n = \partial\Phi_n/\partial y$ at the guess, dense.
 
-    Converges quadratically. For any step map; the choice for recurrent networks.
+    Converges quadratically. For any step map; the choice for recurrent networks. Where
+    `deer_scan` finds that a recurrence is elementwise, only its diagonal is held.
     """
 
     is_dense: ClassVar[bool] = True
@@ -206,6 +213,8 @@ class DiagonalJacobian(AbstractLinearization):
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
+        if step_map.is_elementwise:
+            return step_jacobian(step_map, x, y_prev)
         step = lambda y: step_map.step(x, y)
         if self.num_probes is not None:
             probes = random_signs(self.num_probes, y_prev.size)
@@ -214,7 +223,7 @@ class DiagonalJacobian(AbstractLinearization):
             return jnp.mean(probes * tangents, axis=0)
         if y_prev.size > _MOST_TANGENTS:
             return _diagonal(step, y_prev)
-        return jnp.diagonal(step_jacobian(step_map, x, y_prev))
+        return jnp.diagonal(value_and_jacobian(step, y_prev)[1])
 
 
 class Picard(AbstractLinearization):

@@ -40,6 +40,17 @@ from ._predictor import AbstractPredictor
 _MAX_GROWTH, _FLOOR = 10, 0.1
 # By what factor the rate of convergence is distrusted.
 _CAUTION = 10
+# How large a window is: a CPU is full with few steps, other devices have this many
+# entries of Jacobians.
+_CPU_WINDOW, _ENTRIES = 1024, 2**22
+
+
+def default_window(num_entries: int) -> int:
+    """How many steps to look at at once, if each has a transition of `num_entries`."""
+    # Not a matter of the result: at worst slower, should it run elsewhere.
+    if jax.default_backend() == "cpu":
+        return _CPU_WINDOW
+    return max(_ENTRIES // max(num_entries, 1), _CPU_WINDOW)
 
 
 class Statistics(eqx.Module):

@@ -33,7 +33,7 @@ from ._custom_types import (
 from ._forward import AbstractForward, ParallelForward
 from ._interpolation import WindowInterpolations
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
-from ._newton import NewtonIteration
+from ._newton import NewtonIteration, default_window
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._quadrature import Partition, partition
 from ._step_map import SolverStep, prepare, ravel, rounding, widest
@@ -57,10 +57,6 @@ class WindowState(eqx.Module):
     ys: Float[Array, "time+1 state"]
     num_iterations: Int[Array, ""]
     residual: Float[Array, ""]
-
-
-# Without `window`: a CPU is full with fewer, other devices have this many entries.
-_CPU_WINDOW, _ENTRIES = 1024, 2**22
 
 
 class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
@@ -228,10 +224,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> NewtonIteration:
         limit, window = self.max_iterations, self.window
         if window is None:
-            window = _ENTRIES // max(y0.size, 1) ** 2
-            # Not a matter of the result: at worst slower, should it run elsewhere.
-            on_cpu = jax.default_backend() == "cpu"
-            window = _CPU_WINDOW if on_cpu else max(window, _CPU_WINDOW)
+            window = default_window(y0.size**2)
         linearization = self.linearization
         if linearization is None:
             explicit = inner.is_one_field and not inner.is_implicit
