@@ -35,6 +35,7 @@ from ._predictor import (
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
 )
+from ._recurrent import DEERRNN as DEERRNN
 from ._solver import (
     DEERSolver as DEERSolver,
     WindowState as WindowState,
