@@ -12,10 +12,12 @@ from ._affine_scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,
     SequentialScan as SequentialScan,
+    affine_recurrence as affine_recurrence,
 )
 from ._blocks import BlockDiagonalJacobian as BlockDiagonalJacobian
 from ._controller import WholeInterval as WholeInterval
 from ._deer_scan import deer_scan as deer_scan
+from ._deer_solve import deer_solve as deer_solve
 from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
 from ._forward import (
     AbstractForward as AbstractForward,

@@ -78,6 +78,11 @@ class Program:
         closed = jax.make_jaxpr(arguments_first(f))(*args)
         self._jaxpr, self._consts = closed.jaxpr, closed.consts
 
+    def _variables(self) -> dict[int, Any]:
+        """The outputs that are no literals, by number."""
+        outvars = enumerate(self._jaxpr.outvars)
+        return {i: v for i, v in outvars if not _is_literal(v)}
+
     def dependencies(self) -> list[set[int]]:
         """The numbers of the inputs that each output depends on. By dataflow."""
         wanted = np.eye(len(self._jaxpr.outvars), dtype=bool).tolist()
@@ -107,11 +112,14 @@ class Program:
         - `late` of a list of arrays, which is the result of the former, and of the
             values of the inputs `by`. It evaluates only what depends on these.
         """
-        jaxpr = self._jaxpr
+        # Without dead code in loops and branches either, as `dependencies` has it.
+        only = [i in outputs for i in range(len(self._jaxpr.outvars))]
+        jaxpr, _ = pe.dce_jaxpr(self._jaxpr, only, instantiate=True)
         constants = dict(zip(jaxpr.constvars, self._consts, strict=True))
-        wanted = [jaxpr.outvars[i] for i in outputs]
+        wanted = [self._jaxpr.outvars[i] for i in outputs]
         last = {jaxpr.invars[i] for i in by}
-        boundary = {jaxpr.outvars[i] for i in known} - last
+        variables = self._variables()
+        boundary = {variables[i] for i in known if i in variables} - last
         moves = _dependents(jaxpr, last, boundary)
         varies = _dependents(jaxpr, boundary | set(jaxpr.invars), ())
         ready = lambda v: not _is_literal(v) and v in varies and v not in moves
@@ -127,7 +135,7 @@ class Program:
             inputs: Mapping[int, Array], outputs: Mapping[int, Array]
         ) -> list[Array]:
             values = constants | {jaxpr.invars[i]: x for i, x in inputs.items()}
-            values |= {jaxpr.outvars[i]: x for i, x in outputs.items()}
+            values |= {variables[i]: x for i, x in outputs.items() if i in variables}
             return _values_of(jaxpr, values, early_ones)
 
         def late(first: Sequence[Array], values: Sequence[Array]) -> list[Array]:
@@ -147,7 +155,8 @@ class Program:
         """
         tracked = {self._jaxpr.invars[i] for i in by}
         wanted = [self._jaxpr.outvars[i] for i in outputs]
-        boundary = {self._jaxpr.outvars[i] for i in known} - tracked
+        variables = self._variables()
+        boundary = {variables[i] for i in known if i in variables} - tracked
         shape = self._jaxpr.invars[by[0]].aval.shape
         alone = len(by) == 1
         return alone and _is_elementwise(self._jaxpr, tracked, wanted, shape, boundary)

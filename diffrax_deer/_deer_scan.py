@@ -142,6 +142,12 @@ class _Recurrence:
         every = jax.vmap(early, axis_size=self.num_steps)
         return every(inputs, trajectories), late
 
+    def _known(self, outputs: list[int], trajectories: dict[int, Array]) -> list[Array]:
+        """`outputs` for all steps, where the trajectories are all that they need."""
+        driven, late = self._split(outputs, [], trajectories)
+        every = jax.vmap(lambda x: late(x, []), axis_size=self.num_steps)
+        return every(driven)
+
     def in_sequence(self, num_outputs: int) -> tuple[list[Array], list[Array]]:
         """By `lax.scan`: the carry in the end, and the outputs."""
         num_leaves = len(self.init)
@@ -170,7 +176,7 @@ class _Recurrence:
                 (x,) = (self.init[i] for i in leaves)
                 ys = [jnp.broadcast_to(x, (self.num_steps, *x.shape))]
             elif not circle.is_recurrent:
-                ys, _ = self._split(leaves, [], trajectories)
+                ys = self._known(leaves, trajectories)
             else:
                 driven, late = self._split(leaves, leaves, trajectories)
                 start = [self.init[i] for i in leaves]
@@ -184,7 +190,7 @@ class _Recurrence:
             trajectories |= zip(leaves, ys, strict=True)
         num_leaves = len(self.init)
         outputs = list(range(num_leaves, num_leaves + num_outputs))
-        ys, _ = self._split(outputs, [], trajectories)
+        ys = self._known(outputs, trajectories)
         carry = [trajectories[i][-1] for i in range(num_leaves)]
         return carry, ys, _summary(statistics, self.num_steps)
 

@@ -4,7 +4,10 @@ For the equations $r_n(Y) = \Phi_n(y_{n-1}) - y_n = 0$, one iteration is
 
 $$\delta_n = A_n \delta_{n-1} + r_n, \quad \delta_0 = 0, \ Y \leftarrow Y + \delta.$$
 
-The system is causal, so that every iteration can be checked from the front:
+In general, for $r(Y) = F(Y) - Y = 0$, it is $Y \leftarrow Y + \delta$ with whatever the
+equations say approximates $\delta = F'(Y) \delta + r$.
+
+If the system is causal, every iteration can be checked from the front:
 
 1. a step is final if it was updated, the estimate of its error and its *measured*
    residual are below tolerance, and so are those of all steps before it; it is not
@@ -16,10 +19,14 @@ The system is causal, so that every iteration can be checked from the front:
 
 A solve can therefore be slow but not wrong. The iteration looks at a window of steps
 that slides along with the first one that is not final.
+
+If it is not causal, all steps are final together or none is, and no number of
+iterations is known to suffice.
 """
 
+import abc
 import functools as ft
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -31,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._affine_scan import AbstractScan
 from ._causal import hold, norm, prefix, select, shift
-from ._custom_types import State, States
+from ._custom_types import IntScalarLike, State, States
 from ._linearization import AbstractLinearization, StepMap
 from ._predictor import AbstractPredictor
 
@@ -99,6 +106,97 @@ class _Progress(eqx.Module):
     done: Bool[Array, ""]
 
 
+class AbstractEquations(eqx.Module):
+    """The equations F(Y) = Y for all steps, as far as the iteration has to know them.
+
+    `is_causal` says whether each entry of F(Y) depends on those of Y before it only.
+    """
+
+    is_causal: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def images(self, ys: States) -> States:
+        """F(Y)."""
+
+    @abc.abstractmethod
+    def updates(
+        self, ys: States, residuals: States, num_final: Int[Array, ""]
+    ) -> States:
+        """Approximates the solution of the equations linearized at `ys`.
+
+        `residuals` are zero on the `num_final` leading steps.
+        """
+
+    @abc.abstractmethod
+    def sizes(self, ys: States) -> Float[Array, " time"]:
+        """What the relative tolerance of each step is relative to."""
+
+    @abc.abstractmethod
+    def predict(self, ys: States, num_known: Int[Array, ""]) -> States:
+        """New values for all but the `num_known` leading steps."""
+
+    @abc.abstractmethod
+    def hold(self, ys: States, num_known: Int[Array, ""]) -> States:
+        """Constant after the `num_known` leading steps."""
+
+    @abc.abstractmethod
+    def part(self, start: IntScalarLike, size: int, ys: States) -> "AbstractEquations":
+        """The equations of `size` steps, if those before `start` are as in `ys`."""
+
+    def norms(self, x: States) -> Float[Array, " time"]:
+        """How large each step of `x` is; without causality, how large all of them."""
+        sizes = norm(x)
+        return sizes if self.is_causal else jnp.full_like(sizes, jnp.max(sizes))
+
+
+class Recurrence(AbstractEquations):
+    """The equations `step(x_n, y_{n-1}) = y_n`."""
+
+    step_map: StepMap
+    y0: State
+    xs: PyTree[Any]
+    linearization: AbstractLinearization
+    scan: AbstractScan
+    predictor: AbstractPredictor
+    is_causal: ClassVar[bool] = True
+
+    def images(self, ys):
+        return jax.vmap(self.step_map.step)(self.xs, shift(self.y0, ys))
+
+    def updates(self, ys, residuals, num_final):
+        before = shift(self.y0, ys)
+        # Steps without a value have no derivative, and some solvers raise an error when
+        # they are asked for one. Nothing is updated from there on.
+        exists = jnp.all(jnp.isfinite(residuals), axis=-1)
+        points = self.xs, before, ys
+        instead = jax.tree.map(lambda x: x[jnp.argmax(exists)], points)
+        points = jax.vmap(select, in_axes=(0, 0, None))(exists, points, instead)
+        linearize = ft.partial(self.linearization, self.step_map)
+        transitions = jax.vmap(linearize)(*points)
+        axes = tuple(range(1, transitions.ndim))
+        usable = jnp.all(jnp.isfinite(transitions), axis=axes)
+        # Up to the first open step there is no update to carry on: with transitions of
+        # zero the overflow of long products stays away from final steps.
+        usable &= jnp.arange(len(ys)) > num_final
+        usable = jnp.expand_dims(usable, axes)
+        return self.scan(jnp.where(usable, transitions, 0.0), residuals)
+
+    def sizes(self, ys):
+        return jnp.maximum(norm(shift(self.y0, ys)), norm(ys))
+
+    def predict(self, ys, num_known):
+        return self.predictor(self.step_map, self.y0, self.xs, ys, num_known)
+
+    def hold(self, ys, num_known):
+        return hold(self.y0, ys, num_known)
+
+    def part(self, start, size, ys):
+        y0 = jnp.where(start == 0, self.y0, ys[jnp.maximum(start - 1, 0)])
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+        xs = jax.tree.map(cut, self.xs)
+        return eqx.tree_at(lambda r: (r.y0, r.xs), self, (y0, xs))
+
+
 class NewtonIteration(eqx.Module):
     """The iteration and its tolerances.
 
@@ -118,59 +216,35 @@ class NewtonIteration(eqx.Module):
     max_iterations: int | None
     window: int | None
 
-    def _tolerance(self, before: States, after: States) -> Float[Array, " time"]:
-        return self.atol + self.rtol * jnp.maximum(norm(before), norm(after))
-
-    def _updates(
-        self,
-        step_map: StepMap,
-        xs: PyTree[Any],
-        before: States,
-        window: _Window,
-        residuals: States,
-    ) -> States:
-        """Solves the linearized equations for the updates."""
-        # Steps without a value have no derivative, and some solvers raise an error when
-        # they are asked for one. Nothing is updated from there on.
-        exists = jnp.all(jnp.isfinite(residuals), axis=-1)
-        points = xs, before, window.ys
-        instead = jax.tree.map(lambda x: x[jnp.argmax(exists)], points)
-        points = jax.vmap(select, in_axes=(0, 0, None))(exists, points, instead)
-        transitions = jax.vmap(ft.partial(self.linearization, step_map))(*points)
-        axes = tuple(range(1, transitions.ndim))
-        usable = jnp.all(jnp.isfinite(transitions), axis=axes)
-        # Up to the first open step there is no update to carry on: with transitions of
-        # zero the overflow of long products stays away from final steps.
-        usable &= jnp.arange(len(before)) > window.num_final
-        usable = jnp.expand_dims(usable, axes)
-        return self.scan(jnp.where(usable, transitions, 0.0), residuals)
+    def _tolerance(
+        self, equations: AbstractEquations, ys: States
+    ) -> Float[Array, " time"]:
+        return self.atol + self.rtol * equations.sizes(ys)
 
     def _update(
-        self,
-        step_map: StepMap,
-        xs: PyTree[Any],
-        before: States,
-        window: _Window,
-        images: States,
+        self, equations: AbstractEquations, window: _Window, images: States
     ) -> _Window:
         """One iteration, from the first step on that is not final."""
-        index = jnp.arange(len(before))
+        index, norms = jnp.arange(len(images)), equations.norms
         first, final = index == window.num_final, index < window.num_final
+        first &= equations.is_causal
         residuals = jnp.where(final[:, None], 0.0, images - window.ys)
-        updates = self._updates(step_map, xs, before, window, residuals)
+        updates = equations.updates(window.ys, residuals, window.num_final)
         # Not the sum on the first open step: next to a huge guess the small true value
         # would be lost to rounding.
         ys = jnp.where(first[:, None], images, window.ys + updates)
 
-        tolerance, sizes = self._tolerance(before, window.ys), norm(residuals)
+        tolerance, sizes = self._tolerance(equations, window.ys), norms(residuals)
         # Where the guess was right but began elsewhere, residuals were zero.
         old = jnp.maximum(window.residuals, tolerance)
         good = sizes <= _MAX_GROWTH * jnp.maximum(old, _FLOOR * lax.cummax(old))
-        good = jnp.all(jnp.isfinite(ys), axis=-1) & (good | first)
+        # Without causality updates are damped, and there is nothing to predict from.
+        good |= first | (not equations.is_causal)
+        good &= jnp.all(jnp.isfinite(ys), axis=-1)
         num_trusted = prefix(good)
         trusted = index < num_trusted
 
-        changes = jnp.maximum(norm(updates), sizes)
+        changes = jnp.maximum(norms(updates), sizes)
         known = (changes > 0) & jnp.isfinite(window.changes)
         changes = jnp.where(changes > 0, changes / tolerance, 0.0)
         rate = jnp.where(known, changes / window.changes, 1.0)
@@ -183,15 +257,13 @@ class NewtonIteration(eqx.Module):
             unless_trusted(sizes),
             unless_trusted(changes),
             unless_trusted(jnp.where(first, 0.0, errors)),
-            window.num_final + 1,
+            window.num_final + int(equations.is_causal),
             num_trusted,
         )
 
     def _advance(
         self,
-        step_map: StepMap,
-        y0: State,
-        xs: PyTree[Any],
+        equations: AbstractEquations,
         window: _Window,
         exhausted: Bool[Array, ""],
     ) -> tuple[_Window, Bool[Array, ""], Bool[Array, ""], Float[Array, " time"]]:
@@ -200,24 +272,22 @@ class NewtonIteration(eqx.Module):
         Also returns whether it did update, whether there is no solution, and residuals.
         """
         size = len(window.ys)
-        predict = lambda: self.predictor(
-            step_map, y0, xs, window.ys, window.num_trusted
-        )
+        predict = lambda: equations.predict(window.ys, window.num_trusted)
         incomplete = eqxi.unvmap_any(window.num_trusted < size)
         ys = lax.cond(incomplete, predict, lambda: window.ys)
-        before = shift(y0, ys)
-        images = jax.vmap(step_map.step)(xs, before)
-        residuals = norm(images - ys)
+        images = equations.images(ys)
+        residuals = equations.norms(images - ys)
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted
-        solved &= residuals <= self._tolerance(before, ys)
+        solved &= residuals <= self._tolerance(equations, ys)
         num_final = prefix(solved | (jnp.arange(size) < window.num_final))
         complete = num_final == size
         # The values of the first open step are exact; if they are not finite, then no
         # number of iterations makes them so.
-        lost = ~complete & ~jnp.all(
-            jnp.isfinite(images[jnp.minimum(num_final, size - 1)])
-        )
+        exact = images
+        if equations.is_causal:
+            exact = images[jnp.minimum(num_final, size - 1)]
+        lost = ~complete & ~jnp.all(jnp.isfinite(exact))
         window = _Window(
             ys,
             window.residuals,
@@ -227,17 +297,12 @@ class NewtonIteration(eqx.Module):
             window.num_trusted,
         )
         idle = complete | lost | exhausted
-        update = lambda: self._update(step_map, xs, before, window, images)
+        update = lambda: self._update(equations, window, images)
         new = lax.cond(eqxi.unvmap_all(idle), lambda: window, update)
         return select(idle, window, new), ~idle, lost, residuals
 
     def _slide(
-        self,
-        step_map: StepMap,
-        y0: State,
-        xs: PyTree[Any],
-        limit: int,
-        state: _Progress,
+        self, equations: AbstractEquations, limit: int, state: _Progress
     ) -> _Progress:
         """Advances in the window that begins with the first step that is not final."""
         steps, num_steps = state.steps, len(state.steps.ys)
@@ -258,13 +323,9 @@ class NewtonIteration(eqx.Module):
             return update(x, part, start, 0) if last_start else part
 
         if last_start:
-            y0 = jnp.where(start == 0, y0, steps.ys[jnp.maximum(start - 1, 0)])
+            equations = equations.part(start, size, steps.ys)
         window, updated, lost, residuals = self._advance(
-            step_map,
-            y0,
-            jax.tree.map(cut, xs),
-            jax.tree.map(cut, steps),
-            state.num_iterations >= limit,
+            equations, jax.tree.map(cut, steps), state.num_iterations >= limit
         )
         new = jax.tree.map(put, steps, window)
         # Beyond the window the guess is what it was.
@@ -273,7 +334,9 @@ class NewtonIteration(eqx.Module):
         new = eqx.tree_at(lambda s: s.num_trusted, new, num_trusted)
         slides = ~lost & (window.num_final == size) & (start + size < num_steps)
         done = ~updated & ~slides
-        num_verified = window.num_final - jnp.where(updated, 1, 0)
+        num_verified = window.num_final
+        if equations.is_causal:
+            num_verified -= jnp.where(updated, 1, 0)
         measured = (jnp.arange(size) < num_verified) | done
         residual = jnp.max(jnp.where(measured, residuals, state.residual))
         return _Progress(
@@ -291,6 +354,15 @@ class NewtonIteration(eqx.Module):
 
         From its first value that is not finite on there is no guess.
         """
+        recurrence = Recurrence(
+            step_map, y0, xs, self.linearization, self.scan, self.predictor
+        )
+        return self.iterate(recurrence, guess)
+
+    def iterate(
+        self, equations: AbstractEquations, guess: States
+    ) -> tuple[States, Statistics]:
+        """Solves any equations, along `guess` `(time, state)`."""
         num_steps = len(guess)
         limit = num_steps if self.max_iterations is None else self.max_iterations
         zero, unknown = jnp.array(0, int), jnp.full(num_steps, jnp.inf, guess.dtype)
@@ -299,7 +371,7 @@ class NewtonIteration(eqx.Module):
         no = jnp.array(False)
         state = lax.while_loop(
             lambda state: ~state.done,
-            ft.partial(self._slide, step_map, y0, xs, limit),
+            ft.partial(self._slide, equations, limit),
             _Progress(steps, zero, jnp.zeros((), guess.dtype), no, no),
         )
         steps, lost = state.steps, state.lost
@@ -309,7 +381,7 @@ class NewtonIteration(eqx.Module):
         )
         result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
         num_good = jnp.where(lost, steps.num_final, steps.num_trusted)
-        ys = hold(y0, steps.ys, num_good)
+        ys = equations.hold(steps.ys, num_good)
         return ys, Statistics(
             state.num_iterations, state.residual, steps.num_final, result
         )

@@ -27,6 +27,7 @@ _LAYERS = [
     "_newton",
     "_forward",
     "_implicit",
+    "_deer_solve",
     "_runge_kutta",
     "_dataflow",
     "_step_map",
