@@ -330,6 +330,13 @@ def deer_solve(
         xs,
         linearization,
     )
+    image = jax.eval_shape(equations.images, guess)
+    if jnp.shape(image) != guess.shape or image.dtype != guess.dtype:
+        msg = (
+            f"`inverse` must return an array like `guess`, {guess.dtype} of shape "
+            f"{guess.shape}; got {jax.tree.map(lambda x: (x.dtype, x.shape), image)}."
+        )
+        raise ValueError(msg)
     tolerance = float(jnp.finfo(guess.dtype).eps) ** 0.75
     iteration = NewtonIteration(
         linearization,
