@@ -27,6 +27,7 @@ _RELAXED = (
     "test_datasets",
     "test_experiments",
     "test_ported",
+    "test_rnn_experiments",
     "test_two_body_hnn",
 )
 

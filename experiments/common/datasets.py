@@ -17,15 +17,17 @@ import queue
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32, Int64, UInt8
+
+Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
 _NUM_CLASSES = 10
 _CONNECTION_TIMEOUT = 3.0  # seconds
@@ -107,6 +109,37 @@ def _downloaded_urls(download_dir: Path) -> set[str]:
     return {url for info in complete for url in json.loads(info.read_text())["urls"]}
 
 
+def check_obtainable(
+    name: str, url: str, files: Sequence[str], download_dir: Path
+) -> None:
+    """Raises an error at once if files have to be downloaded and cannot be.
+
+    Args:
+        name: the data set.
+        url: the address of the folder with the files.
+        files: their names.
+        download_dir: where TFDS keeps downloads.
+    """
+    # TFDS takes a file from this folder if there is one of the right name.
+    manual_dir = download_dir / "manual"
+    downloaded = _downloaded_urls(download_dir)
+    missing = [
+        file
+        for file in files
+        if url + file not in downloaded and not (manual_dir / file).exists()
+    ]
+    if not missing:
+        return
+    error = _find_connection_error(url + missing[0])
+    if error is not None:
+        msg = (
+            f"{name} cannot be downloaded: {url} cannot be reached. Use "
+            f"`--dataset digits`, which needs no network, or put "
+            f"{', '.join(missing)} into {manual_dir}."
+        )
+        raise ConnectionError(msg) from error
+
+
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """1797 images of 8x8 pixels with values from 0 to 16."""
 
@@ -159,7 +192,8 @@ class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _info(self, "The MNIST database of handwritten digits.", 28 * 28)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        self._check_obtainable(Path(dl_manager.download_dir))
+        download_dir = Path(dl_manager.download_dir)
+        check_obtainable("MNIST", self.url, self.files, download_dir)
         paths: Any = dl_manager.download([self.url + file for file in self.files])
         train_images, train_labels, test_images, test_labels = paths
         return {
@@ -170,37 +204,29 @@ class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, images, labels):
         return _generate(_read_idx(images, num_axes=3), _read_idx(labels, num_axes=1))
 
-    def _check_obtainable(self, download_dir: Path) -> None:
-        # TFDS takes a file from this folder if there is one of the right name.
-        manual_dir = download_dir / "manual"
-        downloaded = _downloaded_urls(download_dir)
-        missing = [
-            file
-            for file in self.files
-            if self.url + file not in downloaded and not (manual_dir / file).exists()
-        ]
-        if not missing:
-            return
-        error = _find_connection_error(self.url + missing[0])
-        if error is not None:
-            msg = (
-                f"MNIST cannot be downloaded: {self.url} cannot be reached. Use "
-                f"`--dataset digits`, which needs no network, or put "
-                f"{', '.join(missing)} into {manual_dir}."
-            )
-            raise ConnectionError(msg) from error
-
 
 _BUILDERS: dict[str, type[Digits] | type[Mnist]] = {"digits": Digits, "mnist": Mnist}
 
 
-def _prepared(name: str, data_dir: Path) -> Digits | Mnist:
-    builder = _BUILDERS[name](data_dir=data_dir)
+def prepared(
+    builder_type: Callable[..., Builder], data_dir: Path, has_checksums: bool
+) -> Builder:
+    """Prepares a data set if this is the first time.
+
+    Args:
+        builder_type: makes its builder.
+        data_dir: where TFDS keeps downloads and prepared data.
+        has_checksums: whether TFDS ships checksums of its files, and checks them.
+
+    Returns:
+        A builder of what is on the disk.
+    """
+    builder = builder_type(data_dir=data_dir)
     download_config = tfds.download.DownloadConfig(
         try_download_gcs=False,
-        # TFDS ships checksums of the MNIST files, and checks what it knows; should it
-        # stop shipping them, this refuses the files rather than take them unchecked.
-        force_checksums_validation=True,
+        # TFDS checks what it knows; should it stop shipping the checksums, this refuses
+        # the files rather than take them unchecked.
+        force_checksums_validation=has_checksums,
     )
     try:
         # Not Parquet, which silently loses rows.
@@ -213,16 +239,23 @@ def _prepared(name: str, data_dir: Path) -> Digits | Mnist:
         if not builder.data_path.exists():
             raise
     # Anew, to describe what is on disk now, whichever process wrote it.
-    return _BUILDERS[name](data_dir=data_dir)
+    return builder_type(data_dir=data_dir)
+
+
+def read_examples(
+    builder: tfds.core.DatasetBuilder, split: str
+) -> Sequence[dict[str, Any]]:
+    """All examples of a split, in the same order every time."""
+    # A decorator of TFDS's hides the parameters from the type checker.
+    source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+    # One call for all examples takes half the time of iteration.
+    return source.__getitems__(range(len(source)))
 
 
 def _read(
     builder: Digits | Mnist, split: str
 ) -> tuple[Float32[np.ndarray, "example feature"], Int32[np.ndarray, " example"]]:
-    # A decorator of TFDS's hides the parameters from the type checker.
-    source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-    # One call for all examples takes half the time of iteration.
-    examples = source.__getitems__(range(len(source)))
+    examples = read_examples(builder, split)
     images = np.stack([example["image"] for example in examples])
     labels = np.array([example["label"] for example in examples], np.int32)
     return images.astype(np.float32) / np.float32(builder.max_pixel), labels
@@ -258,7 +291,7 @@ def load(name: str, data_dir: Path) -> Dataset:
     if name not in _BUILDERS:
         msg = f"Unknown data set {name!r}. Choose one of: {', '.join(_BUILDERS)}."
         raise ValueError(msg)
-    builder = _prepared(name, data_dir)
+    builder = prepared(_BUILDERS[name], data_dir, has_checksums=True)
     train_images, train_labels = _read(builder, "train")
     test_images, test_labels = _read(builder, "test")
     return Dataset(

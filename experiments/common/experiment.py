@@ -6,7 +6,7 @@ writes what was measured, and prints it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,25 @@ _NOT_SETTINGS = ("resume", "out", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """The settings that all training experiments have.
+class BaseConfig:
+    """The settings that all training experiments have, whatever they compare.
 
     Attributes:
-        solver: One or more solvers, each of which trains a model of its own.
         seed: Decides initial weights, order of the data and noise.
-        steps: Number of training steps with each solver.
+        steps: Number of training steps with each method.
         batch_size: Number of examples in a training step.
         learning_rate: Initial learning rate of Adam.
-        rtol: Relative tolerance of the adaptive solvers.
-        atol: Absolute tolerance of the adaptive solvers.
-        num_steps: Number of time steps that DEER solves for at once.
-        evaluations: How often to evaluate, write a checkpoint and change the solver.
+        evaluations: How often to evaluate, write a checkpoint and change the method.
         smoke: Only check that everything runs: few steps, small model, few data.
         resume: Go on with the interrupted run in the folder `out`.
         out: Folder for checkpoint, results and pictures.
         data_dir: Folder for the data sets.
     """
 
-    solver: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5", "tsit5")
     seed: int = 0
     steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-2
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    num_steps: int = 4
     evaluations: int = 12
     smoke: bool = False
     resume: bool = False
@@ -68,6 +60,23 @@ class TrainingConfig:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(BaseConfig):
+    """The settings of experiments that compare solvers of differential equations.
+
+    Attributes:
+        solver: One or more solvers, each of which trains a model of its own.
+        rtol: Relative tolerance of the adaptive solvers.
+        atol: Absolute tolerance of the adaptive solvers.
+        num_steps: Number of time steps that DEER solves for at once.
+    """
+
+    solver: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5", "tsit5")
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    num_steps: int = 4
+
+
 def check_settings(config: TrainingConfig, smallest: dict[str, int]) -> None:
     """Raises an error that names the first setting that makes no sense.
 
@@ -75,18 +84,36 @@ def check_settings(config: TrainingConfig, smallest: dict[str, int]) -> None:
         config: the settings; those of `TrainingConfig` are checked in any case.
         smallest: the least values of further settings by name.
     """
-    counts = dict.fromkeys(("steps", "batch_size", "evaluations", "num_steps"), 1)
+    check_numbers(config, {"num_steps": 1} | smallest, ("rtol", "atol"))
+    check_choice("solver", config.solver)
+
+
+def check_numbers(
+    config: BaseConfig, smallest: dict[str, int], positive: Sequence[str] = ()
+) -> None:
+    """Raises an error that names the first number that makes no sense.
+
+    Args:
+        config: the settings; those of `BaseConfig` are checked in any case.
+        smallest: the least values of further settings by name.
+        positive: further settings that have to be positive and finite.
+    """
+    counts = dict.fromkeys(("steps", "batch_size", "evaluations"), 1)
     for name, bound in (counts | {"seed": 0} | smallest).items():
         if getattr(config, name) < bound:
             msg = f"{_flag(name)} is {getattr(config, name)}. Choose at least {bound}."
             raise ExperimentError(msg)
-    for name in ("learning_rate", "rtol", "atol"):
+    for name in ("learning_rate", *positive):
         if not 0 < getattr(config, name) < math.inf:
             value = getattr(config, name)
             msg = f"{_flag(name)} is {value}. Choose a positive number."
             raise ExperimentError(msg)
-    if not config.solver or len(set(config.solver)) < len(config.solver):
-        msg = "--solver needs at least one solver, and none of them twice."
+
+
+def check_choice(name: str, chosen: Sequence[str]) -> None:
+    """Raises an error if nothing is chosen, or something twice."""
+    if not chosen or len(set(chosen)) < len(chosen):
+        msg = f"{_flag(name)} needs at least one {name}, and none of them twice."
         raise ExperimentError(msg)
 
 
@@ -102,6 +129,7 @@ class Experiment:
         metrics: entries of evaluations that the table shows; the first is drawn, too.
         loss_label: name and unit of the training loss.
         draw: draws further pictures of the trained runs into a folder.
+        table: lays out results and metrics as a Markdown table.
     """
 
     name: str
@@ -111,14 +139,15 @@ class Experiment:
     metrics: tuple[Metric, ...]
     loss_label: str
     draw: Callable[[dict[str, Run], Path], None] | None = None
+    table: Callable[[dict[str, Any], Sequence[Metric]], str] = comparison_table
 
 
-def run_folder(config: TrainingConfig) -> RunFolder:
+def run_folder(config: BaseConfig) -> RunFolder:
     """Where a run with these settings is kept."""
     return RunFolder(config.out, config.settings())
 
 
-def carry_out(experiment: Experiment, config: TrainingConfig) -> dict[str, Any]:
+def carry_out(experiment: Experiment, config: BaseConfig) -> dict[str, Any]:
     """Trains, or goes on training, draws, writes and prints.
 
     Args:
@@ -154,7 +183,7 @@ def carry_out(experiment: Experiment, config: TrainingConfig) -> dict[str, Any]:
             experiment.name, config.settings(), runs, folder.resumed_at
         )
         folder.write_results(results)
-    print(comparison_table(results, experiment.metrics))
+    print(experiment.table(results, experiment.metrics))
     if results["resumed_at"]:
         steps = ", ".join(map(str, results["resumed_at"]))
         print(f"Resumed after step {steps}; all compilations are counted.")

@@ -121,7 +121,7 @@ def comparison(
     for name, solver in results["solvers"].items():
         final, timing = solver["final"], solver["timing"]
         row = [name, *(metric.format(final[metric.name]) for metric in metrics)]
-        row += [*_describe_timing(timing), f"{final['nfe']:.0f}"]
+        row += [*describe_timing(timing), f"{final['nfe']:.0f}"]
         iterations, median = final["num_iterations"], "step_seconds_median"
         row.append("-" if iterations is None else f"{iterations:.1f}")
         row.append(f"{final['solve_error']:.0e}")
@@ -130,6 +130,19 @@ def comparison(
         rows.append(row)
     head = ("solver", *(metric.column for metric in metrics), *columns, *more)
     return head, rows
+
+
+def describe_timing(timing: dict[str, float]) -> tuple[str, str, str]:
+    """What `summarize` returns, as it stands in a table: compile, step, total."""
+    first, median, third = (
+        1000 * timing[f"step_seconds_{part}"]
+        for part in ("quartile_1", "median", "quartile_3")
+    )
+    return (
+        f"{timing['compile_seconds']:.1f}",
+        f"{median:.2f} [{first:.2f}, {third:.2f}]",
+        f"{timing['total_seconds']:.1f}",
+    )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -172,18 +185,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     dashes = [("-" * width) for width in widths]
     rule = [dashes[0], *(f"{dash[1:]}:" for dash in dashes[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
-def _describe_timing(timing: dict[str, float]) -> tuple[str, str, str]:
-    first, median, third = (
-        1000 * timing[f"step_seconds_{part}"]
-        for part in ("quartile_1", "median", "quartile_3")
-    )
-    return (
-        f"{timing['compile_seconds']:.1f}",
-        f"{median:.2f} [{first:.2f}, {third:.2f}]",
-        f"{timing['total_seconds']:.1f}",
-    )
 
 
 def _dtype(runs: dict[str, Run]) -> str:

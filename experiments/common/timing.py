@@ -1,7 +1,8 @@
 """Functions compiled and timed in turns, so that they can be compared."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,6 +10,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A compiled function with its arguments, and how long it takes.
+
+    Attributes:
+        function: what the compiler returned.
+        arguments: what to call it with.
+        compile_seconds: for tracing, lowering and compiling.
+        seconds: the timed calls.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    compile_seconds: float
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def call(self) -> Any:
+        """Calls it and waits for the result."""
+        return jax.block_until_ready(self.function(*self.arguments))
+
+
+def compile_ahead(function: Callable, arguments: tuple[Any, ...]) -> Compiled:
+    """Compiles a jitted function for its arguments, without calling it."""
+    begin = time.perf_counter()
+    jitted: Any = function
+    compiled = jitted.lower(*arguments).compile()
+    return Compiled(compiled, arguments, time.perf_counter() - begin)
+
+
+def take_turns(functions: Iterable[Compiled], repeats: int) -> None:
+    """Times all functions, one call of each after the other."""
+    functions = list(functions)
+    for _ in tqdm(range(repeats), unit="round", leave=False):
+        for function in functions:
+            begin = time.perf_counter()
+            function.call()
+            function.seconds.append(time.perf_counter() - begin)
 
 
 def compile_and_time(
@@ -24,20 +64,15 @@ def compile_and_time(
         By name, `compile_seconds` (tracing and lowering included) with `seconds`, a
         list; and by name what the functions returned.
     """
-    timings: dict[str, dict[str, Any]] = {}
     compiled, values = {}, {}
     for name, (function, arguments) in functions.items():
-        begin = time.perf_counter()
-        jitted: Any = function
-        compiled[name] = jitted.lower(*arguments).compile()
-        compile_seconds = time.perf_counter() - begin
-        timings[name] = {"compile_seconds": compile_seconds, "seconds": []}
-        values[name] = jax.block_until_ready(compiled[name](*arguments))
-    for _ in tqdm(range(repeats), unit="round", leave=False):
-        for name, (_, arguments) in functions.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled[name](*arguments))
-            timings[name]["seconds"].append(time.perf_counter() - begin)
+        compiled[name] = compile_ahead(function, arguments)
+        values[name] = compiled[name].call()
+    take_turns(compiled.values(), repeats)
+    timings = {
+        name: {"compile_seconds": each.compile_seconds, "seconds": each.seconds}
+        for name, each in compiled.items()
+    }
     return timings, values
 
 

@@ -1,0 +1,78 @@
+"""Recurrent cells over whole sequences: by `jax.lax.scan` and by DEER, in some ways."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from diffrax_deer import DEERRNN, ParallelForward, deer_scan
+
+Cell = eqx.nn.GRUCell | eqx.nn.LSTMCell
+Inputs = Float[Array, "time input"]
+Layer = Callable[[Inputs], PyTree[Array]]
+MethodName = Literal["deer", "deer_newton", "scan"]
+
+METHODS: tuple[MethodName, ...] = ("deer", "deer_newton", "scan")
+# What all others are compared with.
+BASELINE: MethodName = "scan"
+LABELS = {
+    "deer": "deer",
+    "deer_newton": "deer, Newton",
+    "scan": "lax.scan",
+}
+_FORWARD = {"deer": None, "deer_newton": ParallelForward()}
+
+
+def zero_state(cell: Cell) -> PyTree[Array]:
+    """The state before the first step, of the type of the cell's weights."""
+    zero = jnp.zeros(cell.hidden_size, cell.weight_hh.dtype)
+    return (zero, zero) if isinstance(cell, eqx.nn.LSTMCell) else zero
+
+
+def run_cell(
+    method: MethodName, cell: Cell, xs: Inputs, throw: bool = True
+) -> tuple[PyTree[Array], Int[Array, ""] | None]:
+    """The states after each step, and the number of Newton iterations.
+
+    Args:
+        method: how they are found; the result does not depend on it.
+        cell: begins with a state of zero.
+        xs: its inputs.
+        throw: whether DEER raises an error where it fails, or returns NaN.
+
+    Returns:
+        The states with a leading axis `time`; and the iterations, zero if the steps
+        were made in sequence and `None` for `jax.lax.scan`.
+    """
+
+    def step(state: PyTree[Array], x: Array) -> tuple[PyTree[Array], PyTree[Array]]:
+        state = cell(x, state)
+        return state, state
+
+    if method == BASELINE:
+        return jax.lax.scan(step, zero_state(cell), xs)[1], None
+    _, states, statistics = deer_scan(
+        step,
+        zero_state(cell),
+        xs,
+        forward=_FORWARD[method],
+        throw=throw,
+        return_statistics=True,
+    )
+    return states, statistics.num_iterations
+
+
+def make_layer(method: MethodName, cell: Cell) -> Layer:
+    """The cell as a layer of a network."""
+    if method == BASELINE:
+        return lambda xs: run_cell(method, cell, xs)[0]
+    return DEERRNN(cell, forward=_FORWARD[method])
+
+
+def scaled(cell: Any, factor: float) -> Any:
+    """The cell with its weights multiplied by a factor, its biases as they are."""
+    weights = lambda cell: (cell.weight_ih, cell.weight_hh)
+    return eqx.tree_at(weights, cell, replace_fn=lambda weight: factor * weight)
