@@ -21,6 +21,9 @@ from ._causal import shift
 from ._custom_types import State, States, Transition, Transitions
 from ._matrix_functions import matmul, matvec
 
+# Traced once, not again on every level of a parallel scan.
+_matmul, _matvec = jax.jit(matmul), jax.jit(matvec)
+
 
 def _apply(a: Transition, y: State) -> State:
     """A diagonal transition has the axes of the state, a dense one has one more.
@@ -31,15 +34,15 @@ def _apply(a: Transition, y: State) -> State:
     if a.ndim == y.ndim:
         return a * y
     if a.ndim == y.ndim + 1:
-        return matvec(a, y)
-    return jax.vmap(matvec)(a, y.reshape(a.shape[:2])).reshape(-1)
+        return _matvec(a, y)
+    return jax.vmap(_matvec)(a, y.reshape(a.shape[:2])).reshape(-1)
 
 
 def _multiply(a: Transition, b: Transition, like: State) -> Transition:
     """The product of two transitions of states `like`."""
     if a.ndim == like.ndim:
         return a * b
-    return matmul(a, b) if a.ndim == like.ndim + 1 else jax.vmap(matmul)(a, b)
+    return _matmul(a, b) if a.ndim == like.ndim + 1 else jax.vmap(_matmul)(a, b)
 
 
 def _compose(left: tuple[Transition, State], right: tuple[Transition, State]):

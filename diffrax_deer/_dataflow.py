@@ -3,7 +3,7 @@
 What a user writes is traced once, and the program is read before it is differentiated.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,10 +78,10 @@ class Program:
         closed = jax.make_jaxpr(arguments_first(f))(*args)
         self._jaxpr, self._consts = closed.jaxpr, closed.consts
 
-    def _variables(self) -> dict[int, Any]:
-        """The outputs that are no literals, by number."""
-        outvars = enumerate(self._jaxpr.outvars)
-        return {i: v for i, v in outvars if not _is_literal(v)}
+    def _variables(self, numbers: Iterable[int]) -> dict[int, Any]:
+        """The outputs of these numbers, unless they are literals."""
+        outvars = self._jaxpr.outvars
+        return {i: outvars[i] for i in numbers if not _is_literal(outvars[i])}
 
     def dependencies(self) -> list[set[int]]:
         """The numbers of the inputs that each output depends on. By dataflow."""
@@ -118,8 +118,8 @@ class Program:
         constants = dict(zip(jaxpr.constvars, self._consts, strict=True))
         wanted = [self._jaxpr.outvars[i] for i in outputs]
         last = {jaxpr.invars[i] for i in by}
-        variables = self._variables()
-        boundary = {variables[i] for i in known if i in variables} - last
+        variables = self._variables(known)
+        boundary = set(variables.values()) - last
         moves = _dependents(jaxpr, last, boundary)
         varies = _dependents(jaxpr, boundary | set(jaxpr.invars), ())
         ready = lambda v: not _is_literal(v) and v in varies and v not in moves
@@ -155,11 +155,30 @@ class Program:
         """
         tracked = {self._jaxpr.invars[i] for i in by}
         wanted = [self._jaxpr.outvars[i] for i in outputs]
-        variables = self._variables()
-        boundary = {variables[i] for i in known if i in variables} - tracked
+        boundary = set(self._variables(known).values()) - tracked
         shape = self._jaxpr.invars[by[0]].aval.shape
         alone = len(by) == 1
         return alone and _is_elementwise(self._jaxpr, tracked, wanted, shape, boundary)
+
+    def has_tangents(
+        self, outputs: Sequence[int], by: Sequence[int], known: Sequence[int] = ()
+    ) -> bool:
+        """Whether `outputs` can be differentiated in forward mode, for the inputs `by`.
+
+        What contains a `jax.custom_vjp` cannot. Arguments as for `split`.
+        """
+        jaxpr, tracked = self._jaxpr, {self._jaxpr.invars[i] for i in by}
+        boundary = set(self._variables(known).values()) - tracked
+        # What only inputs other than `by` decide on is no part of a step.
+        moves = _dependents(jaxpr, tracked, boundary)
+        early = _dependents(jaxpr, boundary | set(jaxpr.invars), ()) - moves
+        return not any(
+            _has_custom_vjp(equation)
+            for equation in _needed(
+                jaxpr, boundary, [jaxpr.outvars[i] for i in outputs]
+            )
+            if not early.intersection(equation.outvars)
+        )
 
 
 # They act on each entry, and on several operands entry by entry.
@@ -200,6 +219,16 @@ def _is_elementwise(
             return False
         tracked |= set(equation.outvars)
     return True
+
+
+def _has_custom_vjp(equation: Any) -> bool:
+    """Whether there is one, or one in the functions that it calls."""
+    is_jaxpr = lambda x: isinstance(x, jex.core.ClosedJaxpr | jex.core.Jaxpr)
+    inner = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+    inner = [getattr(x, "jaxpr", x) for x in inner if is_jaxpr(x)]
+    return equation.primitive.name.startswith("custom_vjp_call") or any(
+        _has_custom_vjp(each) for jaxpr in inner for each in jaxpr.eqns
+    )
 
 
 def _is_literal(v: Any) -> bool:

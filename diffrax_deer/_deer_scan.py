@@ -1,18 +1,5 @@
-r"""`deer_scan`: `jax.lax.scan` with a nonlinear carry, solved for all steps at once.
+"""`deer_scan`: `jax.lax.scan` with a nonlinear carry, solved for all steps at once."""
 
-The program of one step is read before anything is solved:
-
-1. Leaves of the carry that depend on each other, directly or by way of others, form a
-   *circle*, one nonlinear recurrence. Circles are solved one after another, each for
-   all steps at once, and know the trajectories of those before: the layers of a stacked
-   network are separate systems, and so is an accumulator, which is solved in a single
-   iteration. What no leaf of the carry depends on is evaluated once, in the end.
-2. What a circle does not need its own leaves for, the products of the inputs with
-   their weights, is evaluated beforehand, once, for all steps together.
-3. Where a recurrence acts on each entry alone, its Jacobian is held as a diagonal.
-"""
-
-import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,19 +13,23 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._affine_scan import AbstractScan, PlatformScan
+from ._blocks import BlockDiagonalJacobian
+from ._carry import CarryProgram, Circle, are_finite, summary
+from ._causal import prefix
 from ._checks import MOST_ENTRIES, check_count, check_instance, check_tolerance
 from ._dataflow import Program
 from ._forward import AbstractForward, PlatformForward
 from ._implicit import solve
 from ._linearization import AbstractLinearization, FullJacobian, StepMap
-from ._newton import NewtonIteration, Statistics, default_window
+from ._newton import NewtonIteration, default_window
 from ._predictor import ConstantPredictor
 from ._step_map import ravel, rounding
 
 # Up to this size of a circle steps in sequence with the parallel adjoint are faster on
-# a CPU than `lax.scan` and its own adjoint; and on other devices Newton's method up to
-# the second, as far as arXiv:2309.12252, figure 2, finds it faster.
-_MOST_ON_CPU, _MOST_ELSEWHERE = 8, 32
+# a CPU than `lax.scan` and its own adjoint, whatever the batch. Up to twice the size
+# they are for batches up to 16, which `vmap` does not show. On other devices Newton's
+# method is, up to the second, as far as arXiv:2309.12252, figure 2, finds it faster.
+_MOST_ON_CPU, _MOST_ELSEWHERE = 4, 32
 
 _NEWTON = FullJacobian()
 
@@ -50,153 +41,13 @@ _FAILURES = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Circle:
-    """Leaves of the carry that have to be solved for together, by their numbers.
-
-    - `is_recurrent`: whether they depend on themselves at all.
-    - `is_float`: whether all can be differentiated.
-    - `is_elementwise`: whether each entry depends on its own past only.
-    - `size`: the number of real components.
-    """
-
-    leaves: list[int]
-    is_recurrent: bool
-    is_float: bool
-    is_elementwise: bool
-    size: int
-
-    @property
-    def num_entries(self) -> int:
-        """How many numbers a transition has."""
-        return self.size if self.is_elementwise else self.size**2
-
-
-def circles(depends: Sequence[set[int]]) -> list[list[int]]:
-    """Sets of nodes that depend on each other, each after those that it depends on.
-
-    `depends[i]` are the nodes that node i depends on. Strongly connected components, in
-    topological order.
-    """
-    reach = [set(d) for d in depends]
-    for k in range(len(reach)):
-        for r in reach:
-            if k in r:
-                r |= reach[k]
-    # Who is reached by whom decides on the order, then on the circle.
-    together = lambda i, j: i == j or (j in reach[i] and i in reach[j])
-    found = {
-        tuple(j for j in range(len(reach)) if together(i, j)) for i in range(len(reach))
-    }
-    depth = lambda circle: len(set().union(*(reach[i] for i in circle)) - set(circle))
-    return [list(c) for c in sorted(found, key=lambda c: (depth(c), c))]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recurrence:
-    """A scan over `num_steps` steps, with `init` and `xs` as lists of leaves."""
-
-    program: Program
-    init: list[Array]
-    xs: list[Array]
-    num_steps: int
-
-    @property
-    def _by_number(self) -> dict[int, Array]:
-        start = len(self.init)
-        return {start + i: x for i, x in enumerate(self.xs)}
-
-    def circles(self) -> list[_Circle]:
-        """The circles of the carry, in the order in which they can be solved."""
-        leaves, found = range(len(self.init)), []
-        depends = [d & set(leaves) for d in self.program.dependencies()[: len(leaves)]]
-        done: list[int] = []
-        for circle in circles(depends):
-            values = [self.init[i] for i in circle]
-            is_float = all(eqx.is_inexact_array(x) for x in values)
-            per = lambda x: x.size * (2 if jnp.iscomplexobj(x) else 1)
-            is_real = not any(jnp.iscomplexobj(x) for x in values)
-            found.append(
-                _Circle(
-                    circle,
-                    any(depends[i] & set(circle) for i in circle),
-                    is_float,
-                    is_real and self.program.is_elementwise(circle, circle, known=done),
-                    sum(map(per, values)) if is_float else 0,
-                )
-            )
-            done += circle
-        return found
-
-    def _before(self, trajectories: dict[int, Array]) -> dict[int, Array]:
-        """The values that the steps start from."""
-        shifted = lambda i, ys: jnp.concatenate([self.init[i][None], ys[:-1]])
-        return {i: shifted(i, ys) for i, ys in trajectories.items()}
-
-    def _split(
-        self, outputs: list[int], by: list[int], trajectories: dict[int, Array]
-    ) -> tuple[list[Array], Callable]:
-        """What of `outputs` is known, for all steps, and the `late` of `Program`."""
-        early, late = self.program.split(outputs, by, list(trajectories))
-        inputs = self._before(trajectories) | self._by_number
-        every = jax.vmap(early, axis_size=self.num_steps)
-        return every(inputs, trajectories), late
-
-    def _known(self, outputs: list[int], trajectories: dict[int, Array]) -> list[Array]:
-        """`outputs` for all steps, where the trajectories are all that they need."""
-        driven, late = self._split(outputs, [], trajectories)
-        every = jax.vmap(lambda x: late(x, []), axis_size=self.num_steps)
-        return every(driven)
-
-    def in_sequence(self, num_outputs: int) -> tuple[list[Array], list[Array]]:
-        """By `lax.scan`: the carry in the end, and the outputs."""
-        num_leaves = len(self.init)
-        by, every = range(num_leaves), range(num_leaves + num_outputs)
-        driven, late = self._split(list(every), list(by), {})
-
-        def step(carry, x):
-            out = late(x, carry)
-            return out[:num_leaves], out[num_leaves:]
-
-        return lax.scan(step, self.init, driven, length=self.num_steps)
-
-    def in_parallel(
-        self,
-        num_outputs: int,
-        found: Sequence[_Circle],
-        solve_circle: Callable,
-        guess: dict[int, Array],
-    ) -> tuple[list[Array], list[Array], Statistics]:
-        """Circle by circle: the carry in the end, the outputs, and statistics."""
-        trajectories: dict[int, Array] = {}
-        statistics = []
-        for circle in found:
-            leaves = circle.leaves
-            if self.program.passes_on(leaves[0]):
-                (x,) = (self.init[i] for i in leaves)
-                ys = [jnp.broadcast_to(x, (self.num_steps, *x.shape))]
-            elif not circle.is_recurrent:
-                ys = self._known(leaves, trajectories)
-            else:
-                driven, late = self._split(leaves, leaves, trajectories)
-                start = [self.init[i] for i in leaves]
-                if circle.is_float:
-                    along = [guess[i] for i in leaves] if guess else None
-                    ys, about = solve_circle(circle, late, start, driven, along)
-                    statistics.append(about)
-                else:
-                    step = lambda c, x, late=late: 2 * (late(x, c),)
-                    _, ys = lax.scan(step, start, driven, length=self.num_steps)
-            trajectories |= zip(leaves, ys, strict=True)
-        num_leaves = len(self.init)
-        outputs = list(range(num_leaves, num_leaves + num_outputs))
-        ys = self._known(outputs, trajectories)
-        carry = [trajectories[i][-1] for i in range(num_leaves)]
-        return carry, ys, _summary(statistics, self.num_steps)
+def _or_nan(good: Array, x: Array) -> Array:
+    """`x` if `good`; otherwise NaN, if it can be."""
+    return jnp.where(good, x, jnp.nan) if eqx.is_inexact_array(x) else x
 
 
 def _by_strategy(
-    in_parallel: Callable, in_sequence: Callable, found: Sequence[_Circle], length: int
+    in_parallel: Callable, in_sequence: Callable, found: Sequence[Circle], length: int
 ) -> Any:
     """Whichever is faster for circles of these sizes, on the device it runs on."""
     dense = [c.size for c in found if c.is_recurrent and not c.is_elementwise]
@@ -206,24 +57,6 @@ def _by_strategy(
     if largest > _MOST_ELSEWHERE or length * largest**2 > MOST_ENTRIES:
         return in_sequence()
     return lax.platform_dependent(cpu=in_sequence, default=in_parallel)
-
-
-def _summary(statistics: Sequence[Statistics], num_steps: int) -> Statistics:
-    """Of all circles together; the result is that of the first one that fails."""
-    dtype = jnp.result_type(float)
-    count = lambda n: jnp.array(n, int)
-    out = Statistics(
-        count(0), jnp.zeros((), dtype), count(num_steps), optx.RESULTS.successful
-    )
-    for new in statistics:
-        failed = out.result != optx.RESULTS.successful
-        out = Statistics(
-            jnp.maximum(out.num_iterations, new.num_iterations),
-            jnp.maximum(out.residual, new.residual.astype(dtype)),
-            jnp.minimum(out.num_solved, new.num_solved),
-            optx.RESULTS.where(failed, out.result, new.result),
-        )
-    return out
 
 
 def _checked(tree: PyTree[Any], result: optx.RESULTS) -> PyTree[Any]:
@@ -253,8 +86,10 @@ def _guesses(
             f"leaves of shapes {expected}; got {shapes(guess)}."
         )
         raise ValueError(msg)
-    leaves = enumerate(jax.tree.leaves(guess))
-    return {i: x[::-1] if reverse else x for i, x in leaves}
+    leaves = zip(jax.tree.leaves(guess), jax.tree.leaves(init), strict=True)
+    cast = lambda x, like: x.astype(like.dtype) if eqx.is_inexact_array(like) else x
+    leaves = [cast(jnp.asarray(x), like) for x, like in leaves]
+    return {i: x[::-1] if reverse else x for i, x in enumerate(leaves)}
 
 
 def deer_scan(
@@ -286,7 +121,8 @@ def deer_scan(
 
     **Arguments:** `f`, `init`, `xs`, `length` and `reverse` are those of
     `jax.lax.scan`: `f(carry, x)` returns the new carry and an output. Any pytrees;
-    leaves that are integers, booleans or keys are carried along in sequence.
+    leaves that are integers, booleans or keys are carried along in sequence, and so is
+    what a `jax.custom_vjp` in `f` keeps from being differentiated forwards.
 
     - `linearization`: the transitions of the iteration, `FullJacobian()`,
         `DiagonalJacobian()`, `BlockDiagonalJacobian(...)` or `Picard()`.
@@ -350,14 +186,14 @@ def deer_scan(
     guesses = _guesses(guess, init, num_steps, reverse)
     if num_steps == 0:
         carry, ys = plain(init, xs)
-        statistics = _summary([], 0)
+        statistics = summary([], 0)
         return (carry, ys, statistics) if return_statistics else (carry, ys)
 
     x0 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
     x_leaves = [jnp.asarray(x) for x in jax.tree.leaves(xs)]
     if reverse:
         x_leaves = [x[::-1] for x in x_leaves]
-    recurrence = _Recurrence(
+    recurrence = CarryProgram(
         Program(f, carry_shape, x0), jax.tree.leaves(init), x_leaves, num_steps
     )
     num_outputs = len(jax.tree.leaves(out_shape))
@@ -368,8 +204,10 @@ def deer_scan(
         step = lambda x, y: ravel(late(x, unravel(y)))[0].astype(y.dtype)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in start)
         step_map = StepMap(step, leaves=shapes, is_elementwise=circle.is_elementwise)
+        # There are no blocks to speak of, and the diagonal is exact.
+        has_blocks = isinstance(linearization, BlockDiagonalJacobian)
         iteration = NewtonIteration(
-            linearization,
+            _NEWTON if has_blocks and circle.is_elementwise else linearization,
             PlatformScan() if scan is None else scan,
             ConstantPredictor(),
             rounding(start) ** 0.75 if rtol is None else rtol,
@@ -391,16 +229,28 @@ def deer_scan(
         return recurrence.in_parallel(num_outputs, found, solve_circle, guesses)
 
     def in_sequence():
-        carry, ys = recurrence.in_sequence(num_outputs)
-        smooth = [x for x in carry if eqx.is_inexact_array(x)]
-        nan = [jnp.any(jnp.isnan(x)) for x in smooth]
+        # As in parallel, where leaves that are passed on have not to be finite either.
+        passed_on = recurrence.program.passes_on
+        solved = [c.leaves for c in found if c.is_recurrent and c.is_smooth]
+        solved = [i for leaves in solved for i in leaves if not passed_on(i)]
+        # An error does not say at which step it was: then it costs nothing to watch.
+        watched = [] if throw else solved
+        carry, ys, finite = recurrence.in_sequence(num_outputs, watched)
+        okay = are_finite(carry, solved) & jnp.all(finite)
         result = optx.RESULTS.where(
-            jnp.any(jnp.array(nan)) if nan else jnp.array(False),
-            optx.RESULTS.nonfinite,
-            optx.RESULTS.successful,
+            okay, optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
-        about = _summary([], num_steps)
-        return carry, ys, eqx.tree_at(lambda s: s.result, about, result)
+        num_solved = jnp.where(okay, num_steps, prefix(finite))
+        about = summary([], num_steps)
+        about = eqx.tree_at(
+            lambda s: (s.num_solved, s.result), about, (num_solved, result)
+        )
+        if not throw:
+            carry = [_or_nan(okay, x) for x in carry]
+            ys = jax.vmap(lambda good, ys: [_or_nan(good, y) for y in ys])(
+                jnp.arange(num_steps) < num_solved, ys
+            )
+        return carry, ys, about
 
     if forward is not None:
         carry, ys, statistics = in_parallel()

@@ -41,7 +41,7 @@ from ._linearization import (
     StepMap,
     driven,
 )
-from ._newton import AbstractEquations, NewtonIteration, Statistics
+from ._newton import AbstractEquations, NewtonIteration
 from ._predictor import ConstantPredictor
 
 _NEWTON = FullJacobian()
@@ -246,7 +246,7 @@ def deer_solve(
     max_iterations: int | None = None,
     throw: bool = True,
     return_statistics: bool = False,
-) -> States | tuple[States, Statistics]:
+) -> Any:
     r"""Solves $L[y](r) = f(y(r - s_1), \dots, y(r - s_P), x(r))$ at N points at once.
 
     For equations that are neither `deer_scan`'s nor `diffeqsolve`'s: recurrences of

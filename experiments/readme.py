@@ -15,6 +15,9 @@ from experiments import (
     long_horizon,
     neural_ode_classifier,
     quadratures,
+    rnn_accuracy,
+    rnn_classifier,
+    rnn_speed,
     two_body_hnn,
 )
 from experiments.common.files import write_atomically
@@ -96,6 +99,30 @@ def _quadratures(results: dict[str, Any]) -> str:
     return _measured(quadratures.table(results), what, results)
 
 
+def _rnn_speed(results: dict[str, Any]) -> str:
+    config = results["config"]
+    table = rnn_speed.table(rnn_speed.gradients_of(results, num_steps=10_000))
+    return _measured(table, f"at most {config['repeats']} repeats", results)
+
+
+def _rnn_accuracy(results: dict[str, Any]) -> str:
+    return _measured(rnn_accuracy.table(results), "Newton's method", results)
+
+
+def _rnn_classifier(results: dict[str, Any]) -> str:
+    tables = "\n\n".join(
+        f"{name}:\n\n{rnn_classifier.table(each)}" for name, each in results.items()
+    )
+    settings = [
+        f"{name}: {each['config']['steps']} steps, {each['config']['num_layers']} "
+        f"layers of {each['config']['hidden_size']} units"
+        for name, each in results.items()
+    ]
+    first = next(iter(results.values()))
+    what = f"batch {first['config']['batch_size']}, {'; '.join(settings)}"
+    return _measured(tables, what, *results.values())
+
+
 def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
     """The table, and below it how it was measured, by one run or by several."""
     environments = [result["environment"] for result in results]
@@ -119,6 +146,9 @@ _TABLES = {
     "cnf": _cnf,
     "two_body_hnn": _two_body_hnn,
     "long_horizon": _long_horizon,
+    "rnn_speed": _rnn_speed,
+    "rnn_accuracy": _rnn_accuracy,
+    "rnn_classifier": _rnn_classifier,
 }
 
 

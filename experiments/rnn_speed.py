@@ -43,8 +43,14 @@ from experiments.common.timing import (
 
 MODES = {"forward": "forward", "gradient": "value and gradient"}
 # The baseline first, since values are compared with its.
-_METHODS: tuple[MethodName, ...] = (BASELINE, "deer", "deer_newton")
+_METHODS: tuple[MethodName, ...] = (
+    BASELINE,
+    "deer",
+    "deer_sequential",
+    "deer_newton",
+)
 _COMPARED = _METHODS[1:]
+_WITH_JACOBIANS = ("deer_sequential", "deer_newton")
 _DIFFERENCES = ("value_difference", "gradient_difference")
 # How many arrays of all Jacobians there are at once.
 _COPIES = 3
@@ -61,8 +67,8 @@ class Config:
         repeats: Timed calls of each method, at most; they take turns.
         cell_seconds: What all timed calls of a cell may take together. At least one is
             made of each method.
-        most_seconds: Newton's method is left out where one call is expected, from the
-            next shorter sequence, to take longer.
+        most_seconds: What has Jacobians is left out where one call is expected to take
+            longer, from the next shorter sequence.
         most_gigabytes: What needs more memory is left out.
         resume: Go on with the interrupted measurement.
         out: Where to write the results; the picture is written beside them.
@@ -72,8 +78,8 @@ class Config:
     dims: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] = (1_000, 10_000, 100_000)
     batch_sizes: tuple[int, ...] = (1, 16)
-    repeats: int = 15
-    cell_seconds: float = 20.0
+    repeats: int = 11
+    cell_seconds: float = 15.0
     most_seconds: float = 8.0
     most_gigabytes: float = 8.0
     resume: bool = False
@@ -160,7 +166,7 @@ def _reason_to_skip(
     method: MethodName, place: Place, cells: list[dict[str, Any]], config: Config
 ) -> dict[str, Any] | None:
     """Why the method is left out before anything is compiled, if it is."""
-    if method != "deer_newton":
+    if method not in _WITH_JACOBIANS:
         return None
     shorter = [cell for cell in cells if place.is_longer_than(cell)]
     if shorter:
@@ -245,6 +251,13 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     columns = [f"{length:g}" for length in sorted(config["lengths"])]
     labels = "steps", "units", f"times as fast as {LABELS[BASELINE]}"
     draw_heat_maps(path, panels, columns, sorted(config["dims"]), labels)
+
+
+def gradients_of(results: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """The results with fewer cells: value and gradient of sequences of one length."""
+    wanted = {"mode": "gradient", "num_steps": num_steps}.items()
+    cells = [cell for cell in results["cells"] if wanted <= cell.items()]
+    return results | {"cells": cells}
 
 
 def table(results: dict[str, Any]) -> str:

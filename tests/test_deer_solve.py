@@ -1,6 +1,7 @@
 """The general framework against loops, closed forms and sequential diffrax."""
 
 import functools as ft
+from typing import Any
 
 import diffrax
 import jax
@@ -164,7 +165,7 @@ def test_it_contains_deer_scan():
         xs,
         causal=True,
     )
-    _, expected = deer_scan(lambda y, x: 2 * (f([y], x),), y0, xs)
+    _, expected = deer_scan(lambda y, x: (f([y], x), f([y], x)), y0, xs)
     assert relative_error(ys, expected) < 1e-13
 
 
@@ -251,7 +252,7 @@ def test_boundary_values(theta, guess):
     assert statistics.num_iterations <= 10
     # The differences are of second order.
     assert relative_error(u[:, 0], exact) < 1e-3
-    second = np.diff(np.pad(np.asarray(u[:, 0]), 1), 2) * (_POINTS + 1) ** 2
+    second = np.diff(np.pad(np.asarray(u[:, 0], float), 1), 2) * float(_POINTS + 1) ** 2
     assert np.max(np.abs(second + parameter * np.exp(u[:, 0]))) < 1e-9
 
 
@@ -341,7 +342,7 @@ def _allen_cahn(parameters, linearization=DiagonalJacobian(), **options):  # noq
     )
 
 
-def _method_of_lines(parameters, solver, num_steps=_NUM_STEPS):
+def _method_of_lines(parameters, solver, num_steps=_NUM_STEPS) -> Any:
     def field(t, u, args):
         del t
         return args["nu"] * _second_derivative(u) + _reaction(u, args["strength"])
@@ -392,7 +393,7 @@ def test_a_partial_differential_equation(name):
 
 
 def _identity(**changes):
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         f=lambda ys, x: jnp.cos(ys[0]),
         inverse=lambda gs, rhs: rhs / (1 + gs[0]),
         shifter=lambda y: [y],

@@ -31,6 +31,7 @@ _LAYERS = [
     "_runge_kutta",
     "_dataflow",
     "_step_map",
+    "_carry",
     "_deer_scan",
     "_recurrent",
     "_exponential",

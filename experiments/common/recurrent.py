@@ -8,22 +8,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from diffrax_deer import DEERRNN, ParallelForward, deer_scan
+from diffrax_deer import DEERRNN, ParallelForward, SequentialForward, deer_scan
 
 Cell = eqx.nn.GRUCell | eqx.nn.LSTMCell
 Inputs = Float[Array, "time input"]
 Layer = Callable[[Inputs], PyTree[Array]]
-MethodName = Literal["deer", "deer_newton", "scan"]
+MethodName = Literal["deer", "deer_sequential", "deer_newton", "scan"]
 
-METHODS: tuple[MethodName, ...] = ("deer", "deer_newton", "scan")
+METHODS: tuple[MethodName, ...] = ("deer", "deer_sequential", "deer_newton", "scan")
 # What all others are compared with.
 BASELINE: MethodName = "scan"
 LABELS = {
     "deer": "deer",
+    "deer_sequential": "deer in sequence",
     "deer_newton": "deer, Newton",
     "scan": "lax.scan",
 }
-_FORWARD = {"deer": None, "deer_newton": ParallelForward()}
+_FORWARD = {
+    "deer": None,
+    "deer_sequential": SequentialForward(),
+    "deer_newton": ParallelForward(),
+}
 
 
 def zero_state(cell: Cell) -> PyTree[Array]:
