@@ -19,10 +19,10 @@ from jax import lax
 
 from ._causal import shift
 from ._custom_types import State, States, Transition, Transitions
-from ._matrix_functions import matmul, matvec
+from ._matrix_functions import matmul, matvec, vecmat
 
 # Traced once, not again on every level of a parallel scan.
-_matmul, _matvec = jax.jit(matmul), jax.jit(matvec)
+_matmul, _matvec, _vecmat = jax.jit(matmul), jax.jit(matvec), jax.jit(vecmat)
 
 
 def _apply(a: Transition, y: State) -> State:
@@ -36,6 +36,15 @@ def _apply(a: Transition, y: State) -> State:
     if a.ndim == y.ndim + 1:
         return _matvec(a, y)
     return jax.vmap(_matvec)(a, y.reshape(a.shape[:2])).reshape(-1)
+
+
+def _apply_transposed(a: Transition, y: State) -> State:
+    """As `_apply`, for the transposed transition."""
+    if a.ndim == y.ndim:
+        return a * y
+    if a.ndim == y.ndim + 1:
+        return _vecmat(y, a)
+    return jax.vmap(_vecmat)(y.reshape(a.shape[:2]), a).reshape(-1)
 
 
 def _multiply(a: Transition, b: Transition, like: State) -> Transition:
@@ -78,6 +87,13 @@ class AbstractScan(eqx.Module):
         `y`, `(time, state)`. It need not be differentiable: `affine_recurrence` is.
         """
 
+    def transposed(self, a: Transitions, c: States) -> States:
+        """Solves `y[n] = a[n + 1].T y[n + 1] + c[n]` for all n, zero after the end.
+
+        That is the system with the transposed matrix. Arguments and result as above.
+        """
+        return self(transpose(a, c), c, reverse=True)
+
 
 class SequentialScan(AbstractScan):
     """One step after the other, with `jax.lax.scan`: O(N D²) work, depth N.
@@ -93,6 +109,16 @@ class SequentialScan(AbstractScan):
             return y, y
 
         _, ys = lax.scan(step, jnp.zeros_like(b[0]), (a, b), reverse=reverse)
+        return ys
+
+    def transposed(self, a: Transitions, c: States) -> States:
+        """As for any scan, but without a transposed copy of all transitions."""
+
+        def step(carry, ac):
+            y = carry + ac[1]
+            return _apply_transposed(ac[0], y), y
+
+        _, ys = lax.scan(step, jnp.zeros_like(c[0]), (a, c), reverse=True)
         return ys
 
 
@@ -125,6 +151,13 @@ class PlatformScan(AbstractScan):
             b,
             cpu=lambda a, b: sequential(a, b, reverse=reverse),
             default=lambda a, b: associative(a, b, reverse=reverse),
+        )
+
+    def transposed(self, a: Transitions, c: States) -> States:
+        """As for any scan; chosen when compiled."""
+        sequential, associative = SequentialScan(), AssociativeScan()
+        return lax.platform_dependent(
+            a, c, cpu=sequential.transposed, default=associative.transposed
         )
 
 
@@ -166,9 +199,9 @@ def affine_recurrence(
     def residual(y):
         return y - jax.vmap(_apply)(a, shift(jnp.zeros_like(y[0]), y))
 
-    def transpose_solve(_, c):
-        return scan(transpose(a, c), c, reverse=True)
-
     return lax.custom_linear_solve(
-        residual, b, lambda _, b: scan(a, b), transpose_solve
+        residual,
+        b,
+        lambda _, b: scan(a, b),
+        lambda _, c: scan.transposed(a, c),
     )

@@ -92,6 +92,7 @@ def _guesses(
     return {i: x[::-1] if reverse else x for i, x in enumerate(leaves)}
 
 
+@eqx.filter_jit
 def deer_scan(
     f: Callable[[PyTree[Any], PyTree[Any]], tuple[PyTree[Any], PyTree[Any]]],
     init: PyTree[Any],
@@ -155,7 +156,8 @@ def deer_scan(
     after another, and D is the largest of them. In an elementwise recurrence D² is D.
 
     `f` is traced, its outputs are evaluated where they are needed: prints and other
-    side effects in `f` are not.
+    side effects in `f` are not. Outside `jax.jit` a call is compiled once for each
+    function `f`: define it once, not at every call.
 
     ??? cite "Reference"
 

@@ -232,6 +232,7 @@ def _check_shapes(f: Callable, shifter: Callable, guess: States, xs: Any) -> Non
         raise ValueError(msg)
 
 
+@eqx.filter_jit
 def deer_solve(
     f: Callable[[list[State], Any], State],
     inverse: Callable[[list[Transitions], States], States],

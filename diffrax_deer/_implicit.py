@@ -36,7 +36,7 @@ from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
 from ._forward import AbstractForward
-from ._linearization import StepMap, driven
+from ._linearization import StepMap, driven, step_jacobian
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
 
@@ -86,9 +86,14 @@ def _linear_response(
     if iteration.linearization.is_dense:
         check_size(num_steps, size)
     if iteration.linearization.is_dense or size <= MOST_DIRECT:
-        units = jnp.eye(size, dtype=ys.dtype)[:, None]
-        columns = jax.vmap(product)(jnp.broadcast_to(units, (size, num_steps, size)))
-        jacobians = jnp.moveaxis(columns, 0, -1)
+        if step_map.full is None:
+            # A cell multiplies its state by weights, and so do unit vectors: the same
+            # products for all steps. `product` would make them for each.
+            jacobians = jax.vmap(ft.partial(step_jacobian, step_map))(*points)
+        else:
+            units = jnp.eye(size, dtype=ys.dtype)[:, None]
+            units = jnp.broadcast_to(units, (size, num_steps, size))
+            jacobians = jnp.moveaxis(jax.vmap(product)(units), 0, -1)
         return affine_recurrence(jacobians, inhomogeneity, scan=iteration.scan)
     linearize = jax.vmap(ft.partial(iteration.linearization, _constant(step_map)))
     xs, starts = points

@@ -73,6 +73,15 @@ def matvec(
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
 
 
+def vecmat(
+    x: Float[Array, " rows"], a: Float[Array, "rows columns"]
+) -> Float[Array, " columns"]:
+    """The product of a vector and a small matrix, in full precision."""
+    if x.shape[-1] <= _MAX_UNROLLED:
+        return jnp.sum(a * x[:, None], axis=0)
+    return jnp.matmul(x, a, precision=lax.Precision.HIGHEST)
+
+
 def _taylor(z: Matrix, offset: int) -> Matrix:
     """The sum of `z**k / (k + offset)!`, exact to rounding for norms below 0.6."""
     # Paterson-Stockmeyer: `blocks` blocks of `length` coefficients, degree 15 or 8.

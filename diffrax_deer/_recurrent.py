@@ -67,6 +67,7 @@ class DEERRNN(eqx.Module):
     window: int | None = eqx.field(default=None, static=True)
     throw: bool = eqx.field(default=True, static=True)
 
+    @eqx.filter_jit
     def __call__(
         self,
         xs: PyTree[Array],
