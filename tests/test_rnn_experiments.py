@@ -164,7 +164,8 @@ def test_table_and_picture_of_what_was_left_out(tmp_path, monkeypatch):
     assert len(rows) == 16
     assert rows[0] == (
         ["forward", "1", "1", "10", "left out: 9 GB needed"]
-        + ["1 [1, 1]", "-", "left out: 1 s expected", "-", "-", "1e-07"]
+        + 2 * ["1 [1, 1]", "-"]
+        + ["left out: 1 s expected", "-", "-", "1e-07"]
     )
     assert rows[1][6] == "2.5×"
     assert len(header) == len(rows[0])
