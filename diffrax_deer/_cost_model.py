@@ -30,6 +30,7 @@ from typing import NamedTuple
 import equinox as eqx
 import numpy as np
 
+from ._checks import MOST_ENTRIES
 from ._implicit import MOST_DIRECT
 from ._linearization import (
     AbstractLinearization,
@@ -47,8 +48,6 @@ _LINEAR_SOLVE = 12_500
 _TANGENT = 0.4
 # Where nobody counted them.
 _MANY_SWEEPS = 30
-# 4 GiB in single precision.
-_MOST_ENTRIES = 2**30
 
 
 class Device(NamedTuple):
@@ -192,7 +191,7 @@ class CostModel(eqx.Module):
     def fits(self) -> bool:
         """Whether there is memory for the Jacobians that a gradient needs."""
         entries = self.grid_steps * self.batch_size * self.state_size**2
-        return self.is_matrix_free or entries <= _MOST_ENTRIES
+        return self.is_matrix_free or entries <= MOST_ENTRIES
 
 
 class Prediction(NamedTuple):

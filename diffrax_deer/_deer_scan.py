@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import optimistix as optx
@@ -16,12 +15,17 @@ from ._affine_scan import AbstractScan, PlatformScan
 from ._blocks import BlockDiagonalJacobian
 from ._carry import CarryProgram, Circle, are_finite, summary
 from ._causal import prefix
-from ._checks import MOST_ENTRIES, check_count, check_instance, check_tolerance
+from ._checks import MOST_ENTRIES, check_count, check_instance
 from ._dataflow import Program
 from ._forward import AbstractForward, PlatformForward
 from ._implicit import solve
 from ._linearization import AbstractLinearization, FullJacobian, StepMap
-from ._newton import NewtonIteration, default_window
+from ._newton import (
+    NewtonIteration,
+    check_iteration,
+    default_window,
+    raise_if_failed,
+)
 from ._predictor import ConstantPredictor
 from ._step_map import ravel, rounding
 
@@ -57,17 +61,6 @@ def _by_strategy(
     if largest > _MOST_ELSEWHERE or length * largest**2 > MOST_ENTRIES:
         return in_sequence()
     return lax.platform_dependent(cpu=in_sequence, default=in_parallel)
-
-
-def _checked(tree: PyTree[Any], result: optx.RESULTS) -> PyTree[Any]:
-    """`tree`, raising an error at run time unless the result is a success."""
-    failed = result != optx.RESULTS.successful
-    which = jnp.where(result == optx.RESULTS.nonfinite, 0, 1)
-    smooth, rest = eqx.partition(tree, eqx.is_inexact_array)
-    if not jax.tree.leaves(smooth):
-        return tree
-    smooth = eqxi.branched_error_if(smooth, failed, which, _FAILURES)
-    return eqx.combine(smooth, rest)
 
 
 def _guesses(
@@ -164,18 +157,13 @@ def deer_scan(
         Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over
         the sequence length*, arXiv:2309.12252, section 3 and figure 2.
     """
-    check_instance(
-        "linearization", linearization, AbstractLinearization, "FullJacobian()"
-    )
+    check_iteration(linearization, rtol, atol, max_iterations)
     if scan is not None:
         check_instance("scan", scan, AbstractScan, "SequentialScan()")
     if forward is not None:
         check_instance("forward", forward, AbstractForward, "SequentialForward()")
-    for name, count in (("max_iterations", max_iterations), ("window", window)):
-        if count is not None:
-            check_count(name, count)
-    check_tolerance("rtol", rtol)
-    check_tolerance("atol", atol)
+    if window is not None:
+        check_count("window", window)
 
     # It checks the arguments, and knows how the types of `init` are promoted.
     plain = ft.partial(lax.scan, f, length=length, reverse=reverse)
@@ -259,7 +247,7 @@ def deer_scan(
     else:
         carry, ys, statistics = _by_strategy(in_parallel, in_sequence, found, num_steps)
     if throw:
-        carry, ys = _checked((carry, ys), statistics.result)
+        carry, ys = raise_if_failed((carry, ys), statistics.result, _FAILURES)
     if reverse:
         ys = [y[::-1] for y in ys]
     carry = jax.tree.unflatten(jax.tree.structure(carry_shape), carry)

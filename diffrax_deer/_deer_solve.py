@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -32,7 +31,6 @@ from jaxtyping import Array, PyTree
 
 from ._affine_scan import SequentialScan
 from ._causal import hold
-from ._checks import check_count, check_instance, check_tolerance
 from ._custom_types import State, States, Transitions
 from ._linearization import (
     AbstractLinearization,
@@ -41,7 +39,12 @@ from ._linearization import (
     StepMap,
     driven,
 )
-from ._newton import AbstractEquations, NewtonIteration
+from ._newton import (
+    AbstractEquations,
+    NewtonIteration,
+    check_iteration,
+    raise_if_failed,
+)
 from ._predictor import ConstantPredictor
 
 _NEWTON = FullJacobian()
@@ -117,7 +120,7 @@ class _Framework(AbstractEquations):
         newton = self.newton(ys)
         full = newton(residuals)
         if self.is_causal:
-            # What depends on a residual that is not finite is not updated.
+            # No damping: what an update spoils is predicted anew by the iteration.
             return full
         size = jnp.max(jnp.abs(full))
 
@@ -298,13 +301,7 @@ def deer_solve(
         Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over
         the sequence length*, arXiv:2309.12252, section 3.1 and algorithm 1.
     """
-    check_instance(
-        "linearization", linearization, AbstractLinearization, "FullJacobian()"
-    )
-    if max_iterations is not None:
-        check_count("max_iterations", max_iterations)
-    check_tolerance("rtol", rtol)
-    check_tolerance("atol", atol)
+    check_iteration(linearization, rtol, atol, max_iterations)
     guess = jnp.asarray(guess)
     if (
         guess.ndim != 2
@@ -353,6 +350,5 @@ def deer_solve(
     solved = ~failed | (jnp.arange(len(ys)) < statistics.num_solved)
     ys = jnp.where(solved[:, None], ys, jnp.nan)
     if throw:
-        which = jnp.where(statistics.result == optx.RESULTS.nonfinite, 0, 1)
-        ys = eqxi.branched_error_if(ys, failed, which, _FAILURES)
+        ys = raise_if_failed(ys, statistics.result, _FAILURES)
     return (ys, statistics) if return_statistics else ys

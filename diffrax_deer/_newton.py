@@ -38,6 +38,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._affine_scan import AbstractScan
 from ._causal import hold, norm, prefix, select, shift
+from ._checks import check_count, check_instance, check_tolerance
 from ._custom_types import IntScalarLike, State, States
 from ._linearization import AbstractLinearization, StepMap
 from ._predictor import AbstractPredictor
@@ -60,6 +61,18 @@ def default_window(num_entries: int) -> int:
     return max(_ENTRIES // max(num_entries, 1), _CPU_WINDOW)
 
 
+def check_iteration(
+    linearization: Any, rtol: Any, atol: Any, max_iterations: Any
+) -> None:
+    """Raises unless these are arguments that a `NewtonIteration` can be made from."""
+    example = "FullJacobian()"
+    check_instance("linearization", linearization, AbstractLinearization, example)
+    check_tolerance("rtol", rtol)
+    check_tolerance("atol", atol)
+    if max_iterations is not None:
+        check_count("max_iterations", max_iterations)
+
+
 class Statistics(eqx.Module):
     r"""What a solve has to say about itself.
 
@@ -76,6 +89,23 @@ class Statistics(eqx.Module):
     residual: Float[Array, ""]
     num_solved: Int[Array, ""]
     result: optx.RESULTS
+
+
+def raise_if_failed(
+    tree: PyTree[Any], result: optx.RESULTS, messages: list[str]
+) -> Any:
+    """`tree`, which raises an error at run time unless the result is a success.
+
+    The first message is for values that are not finite, the second for too few
+    iterations.
+    """
+    failed = result != optx.RESULTS.successful
+    which = jnp.where(result == optx.RESULTS.nonfinite, 0, 1)
+    smooth, rest = eqx.partition(tree, eqx.is_inexact_array)
+    if not jax.tree.leaves(smooth):
+        return tree
+    smooth = eqxi.branched_error_if(smooth, failed, which, messages)
+    return eqx.combine(smooth, rest)
 
 
 class _Window(eqx.Module):
