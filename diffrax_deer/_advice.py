@@ -140,8 +140,8 @@ def _call(solver: DEERSolver) -> str:
     default = FullJacobian if implicit else PiecewiseConstant
     if type(solver.linearization) is not default:
         arguments.append(f"linearization={type(solver.linearization).__name__}()")
-    if isinstance(solver.forward, SequentialForward):
-        arguments.append("forward=SequentialForward()")
+    if solver.forward is not None:
+        arguments.append(f"forward={type(solver.forward).__name__}()")
     return f"DEERSolver({', '.join(arguments)})"
 
 

@@ -16,7 +16,7 @@ from ._checks import check_count, check_instance, check_noise
 from ._controller import WholeInterval
 from ._cost_model import CostModel, predict
 from ._custom_types import Args, RealScalarLike, Y
-from ._forward import SequentialForward
+from ._forward import ParallelForward, SequentialForward
 from ._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
@@ -239,7 +239,7 @@ def _configured(
     """The parallel solver, without its grid."""
     if solver is None:
         solver = DEERSolver(inner)
-    solver = dataclasses.replace(solver, solver=inner, forward=None)
+    solver = dataclasses.replace(solver, solver=inner, forward=ParallelForward())
     if solver.linearization is not None:
         return solver
     implicit = isinstance(inner, diffrax.AbstractImplicitSolver)

@@ -81,6 +81,7 @@ class Layout(eqx.Module):
             convert(step_map.increment),
             step_map.full and full,
             convert(step_map.leap),
+            convert(step_map.between),
         )
 
 

@@ -125,24 +125,6 @@ class CarryProgram:
         every = jax.vmap(lambda x: late(x, []), axis_size=self.num_steps)
         return every(driven)
 
-    def in_sequence(
-        self, num_outputs: int, watched: Sequence[int]
-    ) -> tuple[list[Array], list[Array], Array]:
-        """By `lax.scan`: the carry in the end, the outputs, and of each step whether
-        the leaves `watched` are finite.
-        """
-        num_leaves = len(self.init)
-        by, every = range(num_leaves), range(num_leaves + num_outputs)
-        driven, late = self._split(list(every), list(by), {})
-
-        def step(carry, x):
-            out = late(x, carry)
-            return out[:num_leaves], (out[num_leaves:], are_finite(out, watched))
-
-        scanned = lax.scan(step, self.init, driven, length=self.num_steps)
-        carry, (ys, finite) = scanned
-        return carry, ys, finite
-
     def in_parallel(
         self,
         num_outputs: int,

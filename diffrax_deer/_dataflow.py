@@ -71,12 +71,12 @@ class Program:
     """`f` as a list of equations, from the leaves of its arguments to its own.
 
     Traced once, at `args`; products are swapped as by `arguments_first`, and functions
-    under `jax.jit` are taken apart. What `f` closes over may be traced.
+    under `jax.jit` are taken apart. What `f` closes over, `consts`, may be traced.
     """
 
     def __init__(self, f: Callable, *args: PyTree[Array]):
         closed = jax.make_jaxpr(arguments_first(f))(*args)
-        self._jaxpr, self._consts = closed.jaxpr, closed.consts
+        self._jaxpr, self.consts = closed.jaxpr, list(closed.consts)
 
     def _variables(self, numbers: Iterable[int]) -> dict[int, Any]:
         """The outputs of these numbers, unless they are literals."""
@@ -115,7 +115,7 @@ class Program:
         # Without dead code in loops and branches either, as `dependencies` has it.
         only = [i in outputs for i in range(len(self._jaxpr.outvars))]
         jaxpr, _ = pe.dce_jaxpr(self._jaxpr, only, instantiate=True)
-        constants = dict(zip(jaxpr.constvars, self._consts, strict=True))
+        constants = dict(zip(jaxpr.constvars, self.consts, strict=True))
         wanted = [self._jaxpr.outvars[i] for i in outputs]
         last = {jaxpr.invars[i] for i in by}
         variables = self._variables(known)

@@ -12,12 +12,18 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._affine_scan import AbstractScan, PlatformScan
+from ._batch import batch_size
 from ._blocks import BlockDiagonalJacobian
 from ._carry import CarryProgram, Circle, are_finite, summary
 from ._causal import prefix
 from ._checks import MOST_ENTRIES, check_count, check_instance
 from ._dataflow import Program
-from ._forward import AbstractForward, PlatformForward
+from ._forward import (
+    AbstractForward,
+    ParallelForward,
+    SequentialForward,
+    by_platform,
+)
 from ._implicit import solve
 from ._linearization import AbstractLinearization, FullJacobian, StepMap
 from ._newton import (
@@ -29,11 +35,13 @@ from ._newton import (
 from ._predictor import ConstantPredictor
 from ._step_map import ravel, rounding
 
-# Up to this size of a circle steps in sequence with the parallel adjoint are faster on
-# a CPU than `lax.scan` and its own adjoint, whatever the batch. Up to twice the size
-# they are for batches up to 16, which `vmap` does not show. On other devices Newton's
-# method is, up to the second, as far as arXiv:2309.12252, figure 2, finds it faster.
-_MOST_ON_CPU, _MOST_ELSEWHERE = 4, 32
+# Up to so many entries of a transition, in the whole batch, steps in sequence with the
+# parallel derivative are faster on a CPU than `lax.scan` and its own. Measured by
+# `experiments.rnn_speed`.
+_MOST_ON_CPU = 256
+# On other devices Newton's method is, up to this size, as far as arXiv:2309.12252,
+# figure 2, finds it faster.
+_MOST_ELSEWHERE = 32
 
 _NEWTON = FullJacobian()
 
@@ -50,17 +58,30 @@ def _or_nan(good: Array, x: Array) -> Array:
     return jnp.where(good, x, jnp.nan) if eqx.is_inexact_array(x) else x
 
 
-def _by_strategy(
-    in_parallel: Callable, in_sequence: Callable, found: Sequence[Circle], length: int
+def _fastest(
+    in_parallel: Callable[[AbstractForward], Any],
+    in_sequence: Callable[[], Any],
+    found: Sequence[Circle],
+    arguments: PyTree[Any],
+    length: int,
 ) -> Any:
-    """Whichever is faster for circles of these sizes, on the device it runs on."""
-    dense = [c.size for c in found if c.is_recurrent and not c.is_elementwise]
-    largest = max(dense, default=0)
-    if largest <= _MOST_ON_CPU:
-        return in_parallel()
-    if largest > _MOST_ELSEWHERE or length * largest**2 > MOST_ENTRIES:
-        return in_sequence()
-    return lax.platform_dependent(cpu=in_sequence, default=in_parallel)
+    """Whichever is fastest for circles of these sizes, on the device it runs on."""
+    recurrent = [c for c in found if c.is_recurrent and c.is_smooth]
+    num_entries = max((c.num_entries for c in recurrent), default=0)
+    largest = max((c.size for c in recurrent if not c.is_elementwise), default=0)
+
+    def on_cpu():
+        if num_entries > _MOST_ON_CPU:
+            return in_sequence()
+        few = batch_size(arguments) * num_entries <= _MOST_ON_CPU
+        return lax.cond(few, lambda: in_parallel(SequentialForward()), in_sequence)
+
+    def elsewhere():
+        if largest > _MOST_ELSEWHERE or length * num_entries > MOST_ENTRIES:
+            return in_sequence()
+        return in_parallel(ParallelForward())
+
+    return by_platform(on_cpu, elsewhere)
 
 
 def _guesses(
@@ -129,8 +150,10 @@ def deer_scan(
     - `guess`: the carry after each step, a pytree like `init` with a leading axis
         `time`, of a previous solve for example. The result does not depend on it.
     - `forward`: `ParallelForward()` for Newton's method, `SequentialForward()` for one
-        step after the other. `None` chooses by platform and by the size of the carry;
-        where neither pays it means `jax.lax.scan` itself, with its own gradient.
+        step after the other, with the parallel gradient. `None` chooses: on a CPU the
+        latter where carry and batch are small (D² times the batch at most 256),
+        otherwise `jax.lax.scan` itself, with its own gradient; elsewhere Newton's
+        method up to D = 32. The batch is that of the `jax.vmap`s around the call.
     - `window`: the iteration works on this many steps at once.
     - `throw`: whether a failed solve raises an error, at run time. Otherwise carry and
         outputs are NaN from the first step on that is not solved.
@@ -189,7 +212,7 @@ def deer_scan(
     num_outputs = len(jax.tree.leaves(out_shape))
     found = recurrence.circles()
 
-    def solve_circle(circle, late, start, driven, along):
+    def solve_circle(how, circle, late, start, driven, along):
         y0, unravel = ravel(start)
         step = lambda x, y: ravel(late(x, unravel(y)))[0].astype(y.dtype)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in start)
@@ -208,15 +231,15 @@ def deer_scan(
         guess = jnp.full((num_steps, y0.size), jnp.nan, y0.dtype)
         if along is not None:
             guess = jax.vmap(lambda leaves: ravel(leaves)[0])(along).astype(y0.dtype)
-        how = PlatformForward() if forward is None else forward
         ys, statistics, _ = solve(step_map, y0, driven, guess, how, iteration)
         okay = jnp.arange(num_steps) < statistics.num_solved
         okay |= statistics.result == optx.RESULTS.successful
         ys = jnp.where(okay[:, None], ys, jnp.nan)
         return jax.vmap(unravel)(ys), statistics
 
-    def in_parallel():
-        return recurrence.in_parallel(num_outputs, found, solve_circle, guesses)
+    def in_parallel(how):
+        solve_with = ft.partial(solve_circle, how)
+        return recurrence.in_parallel(num_outputs, found, solve_with, guesses)
 
     def in_sequence():
         # As in parallel, where leaves that are passed on have not to be finite either.
@@ -225,7 +248,19 @@ def deer_scan(
         solved = [i for leaves in solved for i in leaves if not passed_on(i)]
         # An error does not say at which step it was: then it costs nothing to watch.
         watched = [] if throw else solved
-        carry, ys, finite = recurrence.in_sequence(num_outputs, watched)
+
+        def step(carry, x):
+            carry, y = f(carry, x)
+            # As above: a Python number has no type of its own.
+            carry = jax.tree.map(
+                lambda c, s: jnp.asarray(c, s.dtype), carry, carry_shape
+            )
+            return carry, (y, are_finite(jax.tree.leaves(carry), watched))
+
+        inputs = jax.tree.unflatten(jax.tree.structure(xs), x_leaves)
+        scanned = lax.scan(step, init, inputs, length=num_steps)
+        carry, (ys, finite) = scanned
+        carry, ys = jax.tree.leaves(carry), jax.tree.leaves(ys)
         okay = are_finite(carry, solved) & jnp.all(finite)
         result = optx.RESULTS.where(
             okay, optx.RESULTS.successful, optx.RESULTS.nonfinite
@@ -243,9 +278,12 @@ def deer_scan(
         return carry, ys, about
 
     if forward is not None:
-        carry, ys, statistics = in_parallel()
+        carry, ys, statistics = in_parallel(forward)
     else:
-        carry, ys, statistics = _by_strategy(in_parallel, in_sequence, found, num_steps)
+        arguments = init, xs, recurrence.program.consts
+        carry, ys, statistics = _fastest(
+            in_parallel, in_sequence, found, arguments, num_steps
+        )
     if throw:
         carry, ys = raise_if_failed((carry, ys), statistics.result, _FAILURES)
     if reverse:

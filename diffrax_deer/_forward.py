@@ -1,9 +1,11 @@
 """How the forward pass is done: in parallel, by Newton's method, or in sequence."""
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
@@ -40,8 +42,7 @@ class ParallelForward(AbstractForward):
 class SequentialForward(AbstractForward):
     """One step after the other, with `jax.lax.scan`; the gradient is still parallel.
 
-    No guess, no iteration. The better choice where the device is already full: a large
-    batch on a CPU.
+    No guess, no iteration. The better choice on a CPU.
     """
 
     def __call__(self, step_map, y0, xs, guess, iteration):
@@ -63,15 +64,32 @@ class SequentialForward(AbstractForward):
         return ys, Statistics(jnp.array(0, int), zero, num_finite, result)
 
 
-class PlatformForward(AbstractForward):
-    """In sequence on a CPU, in parallel elsewhere; chosen when compiled."""
+class StepByStep(AbstractForward):
+    """As `forward`, but also the derivative goes from one step to the next.
+
+    Each step is evaluated once more when it is differentiated, so that memory is that
+    of the trajectory. The least work, and the best choice where that is what counts.
+    """
+
+    forward: AbstractForward = SequentialForward()
 
     def __call__(self, step_map, y0, xs, guess, iteration):
-        sequential, parallel = SequentialForward(), ParallelForward()
-        return lax.platform_dependent(
-            y0,
-            xs,
-            guess,
-            cpu=lambda y0, xs, guess: sequential(step_map, y0, xs, guess, iteration),
-            default=lambda y0, xs, guess: parallel(step_map, y0, xs, guess, iteration),
-        )
+        return self.forward(step_map, y0, xs, guess, iteration)
+
+
+class Strategy(eqx.Module):
+    """To choose what is fastest, by platform and by how much there is to do at once.
+
+    - `known`: how to find the solution, if it is known; then the choice is how to
+        differentiate it.
+    """
+
+    known: AbstractForward | None = None
+
+
+def by_platform(on_cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
+    """Either result; the choice is made when the program is compiled."""
+    if jax.default_backend() == "cpu":
+        # There is nothing else; it would cost the time to trace it.
+        return on_cpu()
+    return lax.platform_dependent(cpu=on_cpu, default=elsewhere)

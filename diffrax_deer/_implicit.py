@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._affine_scan import affine_recurrence
 from ._blocks import BlockDiagonalJacobian, Layout
 from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
-from ._forward import AbstractForward
+from ._forward import AbstractForward, StepByStep
 from ._linearization import StepMap, driven, step_jacobian
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
@@ -111,6 +111,30 @@ def _at(
     return jax.vmap(step_map.full)(xs, starts)
 
 
+def _tangents_step_by_step(
+    step_map: StepMap,
+    points: tuple[PyTree[Any], States],
+    solved: Bool[Array, " time"],
+    tangents: tuple[Any, Any, State],
+) -> States:
+    """The recurrence of the derivative, in sequence and without any Jacobian."""
+    step_map_dot, xs_dot, y0_dot = tangents
+    step = lambda step_map, x, y: step_map.step(x, y)
+
+    # Evaluated again for the derivative: to keep what is inside of the step would cost
+    # more memory, and more time to write it down and to read it.
+    @ft.partial(jax.checkpoint, prevent_cse=False)
+    def push(y_dot, inputs):
+        solved, x, x_dot, y = inputs
+        y_dot = jnp.where(solved, y_dot, jnp.zeros_like(y_dot))
+        tangents = step_map_dot, x_dot, y_dot
+        _, y_dot = eqx.filter_jvp(step, (step_map, x, y), tangents)
+        return y_dot, y_dot
+
+    xs, starts = points
+    return lax.scan(push, y0_dot, (solved, xs, xs_dot, starts))[1]
+
+
 @eqx.filter_custom_jvp
 def _solve(step_map, y0, xs, *, guess, forward, iteration, idle):
     ys, statistics = forward(step_map, y0, xs, guess, iteration)
@@ -130,6 +154,11 @@ def _(primals, tangents, **kwargs):
     if idle is not None:
         xs_dot = jax.tree.map(ft.partial(mask, solved), xs_dot)
     y0_dot = jnp.zeros_like(y0) if y0_dot is None else y0_dot
+    if isinstance(kwargs["forward"], StepByStep):
+        tangents = step_map_dot, xs_dot, y0_dot
+        ys_dot = _tangents_step_by_step(step_map, points, solved, tangents)
+        no_tangents = jax.tree.map(lambda _: None, statistics)
+        return (ys, statistics, None), (ys_dot, no_tangents, None)
     moved = lambda y0_dot, ys_dot: mask(solved, shift(y0_dot, ys_dot))
 
     # The steps are evaluated and linearized once, for all that follows.
@@ -203,7 +232,7 @@ def solve(
     - `y0`: the initial state, `(state,)`, real.
     - `xs`: what drives the steps, a pytree of arrays of leading axis `time`.
     - `guess`: any trajectory, `(time, state)`; the result does not depend on it.
-    - `forward`: how the forward pass is done.
+    - `forward`: how the forward pass is done; with `StepByStep`, the derivative, too.
     - `iteration`: Newton's method, and the scan that solves its linear system.
     - `idle`: an `x` at which the step and its derivatives are finite for `y0`, used
         instead of `xs` where the solve has failed. A step of length zero, for example.
@@ -211,7 +240,8 @@ def solve(
     **Returns:**
 
     The states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the `Statistics`; and
-    what else the steps yield, of leading axis `time`, or `None`. Exact derivatives of
+    what else the steps yield, of leading axis `time`, or `None`, which it always is
+    with `StepByStep`. Exact derivatives of
     any order and mode with respect to `y0`, `xs` and all that `step_map` depends on;
     none with respect to `guess`.
 
@@ -238,11 +268,13 @@ def solve(
     x = jax.tree.map(lambda x: x[0], xs)
     # So that all it closes over is an argument, which is differentiated.
     convert = lambda f, *args: f and eqx.filter_closure_convert(f, *args)
+    has_more = not isinstance(forward, StepByStep)
     step_map = StepMap(
         convert(step_map.step, x, y0),
         convert(step_map.increment, x, y0),
-        convert(step_map.full, x, y0),
-        convert(step_map.leap, x, x, x, y0),
+        convert(step_map.full, x, y0) if has_more else None,
+        convert(step_map.leap, x, x, y0),
+        convert(step_map.between, x, x, x, y0),
         step_map.leaves,
         step_map.is_elementwise,
     )

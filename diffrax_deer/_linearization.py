@@ -49,9 +49,10 @@ class StepMap(eqx.Module):
         $h f(t, y)$ at the middle of the step; otherwise `None`.
     - `full(x, y)`: where a step yields more than a state, the pair of it and of that, a
         pytree of arrays; otherwise `None`.
-    - `leap(first, last, x, y)`: where there are longer steps, one from the beginning of
-        the step `first` to the end of `last`, and what it predicts for the state after
-        the step `x` between them; otherwise `None`.
+    - `leap(first, last, y)`: where there are longer steps, one from the beginning of
+        the step `first` to the end of `last`; otherwise `None`.
+    - `between(first, last, x, y)`: what that one predicts for the state after the step
+        `x` between them.
     - `leaves`: where the state is a ravelled pytree, shapes and types of its leaves;
         otherwise `None`.
     - `is_elementwise`: whether each component of the step depends on the same component
@@ -63,7 +64,10 @@ class StepMap(eqx.Module):
     step: Callable[[PyTree[Any], State], State]
     increment: Callable[[PyTree[Any], State], State] | None = None
     full: Callable[[PyTree[Any], State], tuple[State, PyTree[Array]]] | None = None
-    leap: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = None
+    leap: Callable[[PyTree[Any], PyTree[Any], State], State] | None = None
+    between: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = (
+        None
+    )
     leaves: tuple[jax.ShapeDtypeStruct, ...] | None = eqx.field(
         static=True, default=None
     )

@@ -46,6 +46,8 @@ from ._predictor import AbstractPredictor
 # How much a residual may grow in one iteration before the guess is given up; and what
 # part of the largest one before it does not count as growth.
 _MAX_GROWTH, _FLOOR = 10, 0.1
+# A residual of this part of the state does not count either.
+_SMALL = 1e-2
 # By what factor the rate of convergence is distrusted.
 _CAUTION = 10
 # How large a window is: a CPU is full with few steps, other devices have this many
@@ -268,6 +270,7 @@ class NewtonIteration(eqx.Module):
         # Where the guess was right but began elsewhere, residuals were zero.
         old = jnp.maximum(window.residuals, tolerance)
         good = sizes <= _MAX_GROWTH * jnp.maximum(old, _FLOOR * lax.cummax(old))
+        good |= sizes <= _SMALL * equations.sizes(ys)
         # Without causality updates are damped, and there is nothing to predict from.
         good |= first | (not equations.is_causal)
         good &= jnp.all(jnp.isfinite(ys), axis=-1)

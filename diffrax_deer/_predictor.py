@@ -79,26 +79,33 @@ class CoarsePredictor(AbstractPredictor):
 
     def __call__(self, step_map, y0, xs, ys, num_known):
         ys, num_steps = hold(y0, ys, num_known), len(ys)
-        leap, stride = step_map.leap, min(self.stride, num_steps)
+        leap, between = step_map.leap, step_map.between
+        stride = min(self.stride, num_steps)
         # A single step is exact after one iteration, whatever its guess was.
-        if leap is None or num_steps == 1:
+        if leap is None or between is None or num_steps == 1:
             return ys
         num_leaps = -(-num_steps // stride)
         # The last step stands in for those that complete the last leap.
         index = jnp.minimum(jnp.arange(num_leaps * stride), num_steps - 1)
         cut = lambda x: x[index].reshape(num_leaps, stride, *x.shape[1:])
 
-        def body(y, inputs):
-            x, known, start = inputs
-            first, last = (jax.tree.map(lambda x, i=i: x[i], x) for i in (0, -1))
-            predicted = jax.vmap(lambda x: leap(first, last, x, y))(x)
-            finite = jnp.all(jnp.isfinite(predicted), axis=-1, keepdims=True)
-            predicted = jnp.where(finite, predicted, y)
-            predicted = jnp.where(
-                start + jnp.arange(stride)[:, None] < num_known, known, predicted
-            )
-            return predicted[-1], predicted
+        xs, known = jax.tree.map(cut, xs), cut(ys)
+        first, last = (jax.tree.map(lambda x, i=i: x[:, i], xs) for i in (0, -1))
+        is_known = jnp.arange(num_leaps * stride).reshape(num_leaps, stride) < num_known
 
-        starts = stride * jnp.arange(num_leaps)
-        _, predicted = lax.scan(body, y0, (jax.tree.map(cut, xs), cut(ys), starts))
+        def best(predicted, y, is_known, known):
+            predicted = jnp.where(jnp.all(jnp.isfinite(predicted)), predicted, y)
+            return jnp.where(is_known, known, predicted)
+
+        def advance(y, inputs):
+            first, last, *known = inputs
+            return best(leap(first, last, y), y, *known), y
+
+        # Only what has to be: all that lies between is interpolated at once.
+        ends = first, last, is_known[:, -1], known[:, -1]
+        _, starts = lax.scan(advance, y0, ends)
+        every = jax.vmap(jax.vmap(between, (None, None, 0, None)))
+        predicted = every(first, last, xs, starts)
+        every = jax.vmap(jax.vmap(best, (0, None, 0, 0)))
+        predicted = every(predicted, starts, is_known, known)
         return predicted.reshape(num_leaps * stride, -1)[:num_steps]

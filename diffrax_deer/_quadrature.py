@@ -85,6 +85,11 @@ class Partition(eqx.Module):
         """Whether there are no others."""
         return not jax.tree.leaves(self.zeros)
 
+    def undivided(self) -> "Partition":
+        """The step of all components, without any others."""
+        nothing = jax.tree.map(lambda _: None, self.zeros)
+        return Partition(self.whole, self.whole, nothing)
+
     def split(self, y: State) -> tuple[State, State]:
         """The parts z, `(coupled,)`, and q, `(rest,)`, of a state `(state,)`."""
         is_none = lambda x: x is None

@@ -5,6 +5,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,7 +31,7 @@ from ._custom_types import (
     States,
     Y,
 )
-from ._forward import AbstractForward, ParallelForward
+from ._forward import AbstractForward, ParallelForward, Strategy
 from ._interpolation import WindowInterpolations
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
 from ._newton import NewtonIteration, default_window
@@ -104,19 +105,27 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     - `window`: the iteration works on this many steps at once, beginning with the first
         that has not converged; memory O(`window` D²). `None` means
         1024 on a CPU, and elsewhere as many as have four million Jacobian entries.
-    - `forward`: `ParallelForward()` or `SequentialForward()`, how the forward pass is
-        done. The answer and the parallel gradient are the same. `None` means parallel.
+    - `forward`: `ParallelForward()` for Newton's method, `SequentialForward()` for one
+        step after the other with the parallel gradient. `None` chooses: on a CPU the
+        steps are made in sequence, and the gradient is parallel where state and batch
+        are small (D² times the batch at most 128), otherwise sequential as well, with
+        each step evaluated again; elsewhere Newton's method, unless the Jacobians fit
+        into no memory. Value and gradient are the same, to rounding. What belongs to
+        Newton's method (`linearization`, `guess`, `max_iterations` and so on) is not
+        used where its steps are made in sequence.
 
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range, at
     construction; for terms with noise and for a guess of another structure than y0, at
     trace time. A failed solve is a `diffrax.RESULTS`.
 
-    **Cost** of N steps and a state of D real components: a third of the steps in
-    sequence for the prediction, where there is no guess; then each iteration `window`
+    **Cost** of N steps and a state of D real components, with Newton's method: a third
+    of the steps in sequence for the prediction, where there is no guess; then each
+    iteration `window`
     steps, their transitions and one scan, in memory O(`window` D²). The gradient costs
     one more such iteration, whatever their number, with memory O(N D²). Without dense
     transitions, and D above 16, memory is O(N D), and the gradient costs about as many
-    products with Jacobians as there were iterations.
+    products with Jacobians as there were iterations. In sequence: N steps, and for the
+    gradient either that or N steps and their VJP once more, with memory O(N D).
 
     ??? cite "Reference"
 
@@ -250,15 +259,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         if guess is None:
             dtype = widest(ts.dtype, state.ys.dtype)
             old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
-            # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
-            right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
-            length = old[right] - old[right - 1]
-            part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
-            # Half a step beyond the end is as good as at the end: `t1` may be trained.
-            known = (part >= -0.5) & (part <= 1.5) & (length > 0)
-            part = jnp.clip(part, 0, 1)[:, None]
-            ys = ys[right - 1] + part * (ys[right] - ys[right - 1])
-            return jnp.where(known[:, None], ys, jnp.nan)
+            interpolate = lambda: _interpolated(old, ys, new)
+            if old.shape != ts.shape:
+                return interpolate()
+            # The usual warm start, and nothing to look up.
+            same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
+            return lax.cond(same, lambda: ys[1:], interpolate)
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
@@ -286,7 +292,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         solver_state: WindowState,
         *,
         guess: States | None = None,
-        forward: AbstractForward | None = None,
+        forward: AbstractForward | Strategy | None = None,
         num_windows: int = 1,
         may_be_rejected: bool = False,
     ) -> Trajectory:
@@ -309,7 +315,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         flat, _ = ravel(y0)
         parts = self.partition(terms, ts, y0, args)
         if forward is None:
-            forward = ParallelForward() if self.forward is None else self.forward
+            forward = Strategy() if self.forward is None else self.forward
         coupled, _ = parts.split(flat)
         iteration = self._iteration(parts.coupled, coupled, num_windows)
         if isinstance(forward, ParallelForward) and iteration.linearization.is_dense:
@@ -368,16 +374,28 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         trajectory = self.trajectory(
             terms, ts, y0, args, solver_state, may_be_rejected=True
         )
-        # The step of the converged trajectory, once more for what is not a state: a
-        # plain function of the solution, differentiated as such.
-        errors, infos, inner_okay = trajectory.details()
-        result = trajectory.result(inner_okay)
-        error = largest_error(errors, result)
+        result = trajectory.result()
+        error = largest_error(trajectory.errors, result)
         unravel = trajectory.inner.unravel
         y_error = None if error is None else unravel(error)
-        dense_info = {"ts": ts, "infos": infos}
+        dense_info = {"ts": ts, "infos": trajectory.dense_infos}
         state = window_state(trajectory)
         return unravel(trajectory.ys[-1]), y_error, dense_info, state, result
+
+
+def _interpolated(
+    old: Float[Array, " known"], ys: States, new: Float[Array, " time"]
+) -> Float[Array, "time state"]:
+    """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
+    # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
+    right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
+    length = old[right] - old[right - 1]
+    part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
+    # Half a step beyond the end is as good as at the end: `t1` may be trained.
+    known = (part >= -0.5) & (part <= 1.5) & (length > 0)
+    part = jnp.clip(part, 0, 1)[:, None]
+    ys = ys[right - 1] + part * (ys[right] - ys[right - 1])
+    return jnp.where(known[:, None], ys, jnp.nan)
 
 
 def window_state(trajectory: Trajectory) -> WindowState:

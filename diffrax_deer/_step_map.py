@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._custom_types import Args, DenseInfo, RealScalarLike, State, Y
 from ._dataflow import arguments_first
@@ -116,6 +116,14 @@ class StepResult(NamedTuple):
     stages: list[State]
 
 
+def _is_useful(y: State, result: StepResult) -> Bool[Array, ""]:
+    """Whether a step from `y` is better than none."""
+    if result.error is None:
+        return jnp.array(True)
+    largest = jnp.max(jnp.maximum(jnp.abs(y), jnp.abs(result.y1)))
+    return jnp.max(jnp.abs(result.error)) <= _USEFUL * largest
+
+
 class SolverStep(eqx.Module):
     """One step of a diffrax solver on the flat state; `x` is the pair of its times."""
 
@@ -153,22 +161,26 @@ class SolverStep(eqx.Module):
 
     def step(self, x: Times, y: State) -> State:
         """The state at the end of the step."""
-        return self.full(x, y).y1
+        tableau = tableau_of(self.solver)
+        if tableau is None or not (self.is_one_field and tableau.is_explicit):
+            return self.full(x, y).y1
+        field = lambda x, t, y: self.product_at(x)(t, y)
+        ks, _ = evaluate_stages(field, None, x, y, tableau=tableau)
+        return y + combine(tableau.b, ks, y)
 
-    def leap(self, first: Times, last: Times, x: Times, y: State) -> State:
-        """One step over several, and its dense output at the end of one of them.
-
-        NaN where the step is by its own estimate of no use.
-        """
+    def leap(self, first: Times, last: Times, y: State) -> State:
+        """One step over several; NaN where it is by its own estimate of no use."""
         (t0, _), (_, t1) = first, last
-        y1, error, dense_info, _, _ = self.full((t0, t1), y)
-        path = self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+        result = self.full((t0, t1), y)
+        return jnp.where(_is_useful(y, result), result.y1, jnp.nan)
+
+    def between(self, first: Times, last: Times, x: Times, y: State) -> State:
+        """The dense output of such a step, at the end of one that it covers."""
+        (t0, _), (_, t1) = first, last
+        result = self.full((t0, t1), y)
+        path = self.solver.interpolation_cls(t0=t0, t1=t1, **result.dense_info)
         predicted = ravel(path.evaluate(x[1]))[0]
-        if error is None:
-            return predicted
-        largest = jnp.max(jnp.maximum(jnp.abs(y), jnp.abs(y1)))
-        useful = jnp.max(jnp.abs(error)) <= _USEFUL * largest
-        return jnp.where(useful, predicted, jnp.nan)
+        return jnp.where(_is_useful(y, result), predicted, jnp.nan)
 
     def full(self, x: Times, y: State) -> StepResult:
         """A step, with all that it yields."""

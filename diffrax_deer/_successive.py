@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._causal import select
 from ._checks import check_window_state
 from ._custom_types import States
-from ._forward import AbstractForward, SequentialForward
+from ._forward import AbstractForward, SequentialForward, Strategy
 from ._newton import Statistics
 from ._solver import window_state
 from ._trajectory import largest_error
@@ -70,7 +70,7 @@ class _Recorded(AbstractForward):
 def _attempt(
     windows: Windows,
     carry: Carry,
-    forward: AbstractForward | None = None,
+    forward: AbstractForward | Strategy | None = None,
     record: Record | None = None,
     known: bool | Bool[Array, ""] = False,
 ) -> tuple[Carry, Record, Steps, Ends]:
@@ -96,10 +96,9 @@ def _attempt(
         guess=None if record is None else record.ys,
         forward=forward,
     )
-    errors, _, inner_okay = trajectory.details()
-    result = trajectory.result(inner_okay)
-    unravel, num_steps = trajectory.inner.unravel, len(inner_okay)
-    error = largest_error(errors, result)
+    result = trajectory.result()
+    unravel, num_steps = trajectory.inner.unravel, len(trajectory.ys)
+    error = largest_error(trajectory.errors, result)
     keep, t_prev, t_next, made_jump, controller_state, controller_result = (
         windows.controller.adapt_step_size(
             carry.t_prev,
@@ -262,6 +261,8 @@ def _again(
                 lambda s: s.num_solved, record.statistics, num_solved
             )
             forward = _Recorded(known, statistics)
+            if windows.solver.forward is None:
+                forward = Strategy(forward)
             new, _, steps, end = _attempt(windows, carry, forward, record, known)
             steps = eqx.tree_at(lambda s: s.taken, steps, steps.taken & active)
             end = eqx.tree_at(lambda e: e.kept, end, end.kept & active)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._causal import select
+from ._causal import prefix, select
 from ._solver import window_state
 from ._windows import (
     Carry,
@@ -37,14 +37,14 @@ def together(
         carry.solver_state,
         num_windows=num_windows,
     )
-    _, _, inner_okay = trajectory.details()
+    okay = trajectory.okay
     num_solved = jnp.minimum(
         trajectory.statistics.num_solved,
-        jnp.where(jnp.all(inner_okay), len(inner_okay), jnp.argmin(inner_okay)),
+        prefix(okay),
     )
     # A window that fails is the last one, and counts.
     num_done = jnp.minimum(num_solved // num_steps + 1, num_windows)
-    result, last = trajectory.result(inner_okay), num_done * num_steps - 1
+    result, last = trajectory.result(), num_done * num_steps - 1
     event_values, mask = carry.event_values, carry.event_mask
     if windows.event is not None:
         valid = jnp.arange(len(ts) - 1) < num_solved

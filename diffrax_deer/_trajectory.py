@@ -1,41 +1,58 @@
 """The solved steps of a grid, and what they say beside the states."""
 
+from collections.abc import Callable
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._batch import batch_size
+from ._checks import MOST_ENTRIES
 from ._custom_types import State, States
-from ._forward import AbstractForward
+from ._forward import (
+    AbstractForward,
+    ParallelForward,
+    SequentialForward,
+    StepByStep,
+    Strategy,
+    by_platform,
+)
 from ._implicit import linearization_points, solve
 from ._linearization import StepMap
 from ._newton import NewtonIteration, Statistics
 from ._quadrature import Partition
-from ._step_map import SolverStep, StepResult
+from ._step_map import SolverStep
+
+# The entries of the transitions of one step, in the whole batch, up to which a parallel
+# gradient is faster on a CPU; beyond that it fills the cores with more work than the
+# sequential one has. Measured by `experiments.benchmark`.
+_MOST_ON_CPU = 128
 
 
 class Trajectory(eqx.Module):
     """All steps of a diffrax solver on a grid of times.
 
-    - `parts`: the step of the coupled components, and what to do about the others.
+    - `inner`: the step.
     - `ts`, `(time + 1,)`: the grid, increasing.
     - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
     - `statistics`: of the solve. Steps that it did not solve hold the last good state.
-    - `coupled`: what the steps of the coupled components yield, leading axis `time`.
+    - `errors`, `(time, state)`, or `None`: the estimates of the error of each step.
+    - `dense_infos`: what the interpolation of each step is made from.
+    - `okay`, `(time,)`: whether the inner solver succeeded.
     """
 
-    parts: Partition
+    inner: SolverStep
     ts: Float[Array, " time+1"]
     y0: State
     ys: States
     statistics: Statistics
-    coupled: StepResult
-
-    @property
-    def inner(self) -> SolverStep:
-        """One step."""
-        return self.parts.whole
+    errors: Float[Array, "time state"] | None
+    dense_infos: PyTree[Array]
+    okay: Bool[Array, " time"]
 
     def points(self) -> tuple[tuple[Array, Array], States]:
         """The times and the initial state of each step, one of length zero if unsolved.
@@ -45,21 +62,11 @@ class Trajectory(eqx.Module):
         xs, idle = (self.ts[:-1], self.ts[1:]), (self.ts[0], self.ts[0])
         return linearization_points(self.y0, xs, self.ys, self.statistics, idle)
 
-    def details(
-        self,
-    ) -> tuple[Float[Array, "time state"] | None, PyTree[Array], Bool[Array, " time"]]:
-        """Error estimate, dense information, and whether the inner solver succeeded."""
-        steps = self.coupled
-        if not self.parts.is_trivial:
-            steps = jax.vmap(self.inner.full)(*self.points())
-        okay = self.coupled.result == diffrax.RESULTS.successful
-        return steps.error, steps.dense_info, okay
-
-    def result(self, inner_okay: Bool[Array, " time"]) -> diffrax.RESULTS:
+    def result(self) -> diffrax.RESULTS:
         """Successful if the recurrence and every step of the inner solver are."""
         result = diffrax.RESULTS.promote(self.statistics.result)
         return diffrax.RESULTS.where(
-            (result == diffrax.RESULTS.successful) & ~jnp.all(inner_okay),
+            (result == diffrax.RESULTS.successful) & ~jnp.all(self.okay),
             diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
             result,
         )
@@ -70,15 +77,69 @@ def solve_grid(
     ts: Float[Array, " time+1"],
     y0: State,
     guess: States,
-    forward: AbstractForward,
+    forward: AbstractForward | Strategy,
     iteration: NewtonIteration,
     may_be_rejected: bool,
 ) -> Trajectory:
     """Makes all the steps of `parts` from `ts[n]` to `ts[n + 1]`, differentiably.
 
-    The other arguments are those of `solve` and of `Partition.complete`. Costs what
-    `solve` does for the coupled components, and one evaluation of the others.
+    The other arguments are those of `solve` and of `Partition.complete`; a `Strategy`
+    chooses what is fastest. Costs what `solve` does for the coupled components, and one
+    evaluation of the others.
     """
+    find = lambda how: _solve_grid(
+        parts, ts, y0, guess, how, iteration, may_be_rejected
+    )
+    found: Any
+    if isinstance(forward, Strategy):
+        num_entries = parts.split(y0)[0].size ** 2
+        found = _fastest(forward, find, num_entries, (parts.whole, ts, y0))
+    else:
+        found = find(forward)
+    return Trajectory(parts.whole, ts, y0, *found)
+
+
+def _fastest(
+    strategy: Strategy,
+    find: Callable[[AbstractForward], Any],
+    num_entries: int,
+    arguments: PyTree[Any],
+) -> Any:
+    """The result of `find`, which is the same, with what is fastest.
+
+    `num_entries` is the size of a transition; `arguments` are all that it depends on.
+    """
+    known, num_steps = strategy.known, len(arguments[1]) - 1
+
+    def on_cpu():
+        forward = SequentialForward() if known is None else known
+        in_sequence = lambda: find(StepByStep(forward))
+        if num_entries > _MOST_ON_CPU:
+            return in_sequence()
+        few = batch_size(arguments) * num_entries <= _MOST_ON_CPU
+        return lax.cond(few, lambda: find(forward), in_sequence)
+
+    def elsewhere():
+        if num_entries * num_steps > MOST_ENTRIES:
+            return on_cpu()
+        return find(ParallelForward() if known is None else known)
+
+    return by_platform(on_cpu, elsewhere)
+
+
+def _solve_grid(
+    parts: Partition,
+    ts: Float[Array, " time+1"],
+    y0: State,
+    guess: States,
+    forward: AbstractForward,
+    iteration: NewtonIteration,
+    may_be_rejected: bool,
+) -> tuple[States, Statistics, States | None, PyTree[Array], Bool[Array, " time"]]:
+    """The states and all else that there is to say about a `Trajectory`."""
+    if isinstance(forward, StepByStep):
+        # There is no system to keep small.
+        parts = parts.undivided()
     xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
     inner, (z0, _) = parts.coupled, parts.split(y0)
     zs, _ = jax.vmap(parts.split)(guess)
@@ -89,13 +150,21 @@ def solve_grid(
         result = inner.full(x, y)
         return result.y1, result
 
-    step_map = StepMap(inner.step, increment, full, inner.leap, leaves)
+    step_map = StepMap(inner.step, increment, full, inner.leap, inner.between, leaves)
     ys, statistics, steps = solve(step_map, z0, xs, zs, forward, iteration, idle)
+    okay = None if steps is None else steps.result == diffrax.RESULTS.successful
     if not parts.is_trivial:
+        assert steps is not None
         ys, statistics = parts.complete(
             y0, xs, ys, steps.stages, statistics, idle, may_be_rejected
         )
-    return Trajectory(parts, ts, y0, ys, statistics, steps)
+    if steps is None or not parts.is_trivial:
+        # Plain functions of the solution, differentiated as such.
+        points = linearization_points(y0, xs, ys, statistics, idle)
+        steps = jax.vmap(parts.whole.full)(*points)
+    if okay is None:
+        okay = steps.result == diffrax.RESULTS.successful
+    return ys, statistics, steps.error, steps.dense_info, okay
 
 
 def largest_error(

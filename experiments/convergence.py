@@ -27,6 +27,7 @@ from diffrax_deer import (
     DEERSolver,
     DiagonalJacobian,
     FullJacobian,
+    ParallelForward,
     Picard,
     PiecewiseConstant,
 )
@@ -171,7 +172,8 @@ def measure(problem: Problem) -> dict[str, Any]:
             "seconds": seconds,
         }
 
-    make = lambda **kwargs: DEERSolver(problem.solver, num_steps=1, **kwargs)
+    newton = {"num_steps": 1, "forward": ParallelForward()}
+    make = lambda **kwargs: DEERSolver(problem.solver, **newton, **kwargs)
     runs = {}
     for name, linearization in _LINEARIZATIONS.items():
         solver = make(linearization=linearization, predictor=ConstantPredictor())

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, DEERSolver, ParallelForward, WholeInterval
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
 from experiments.common.results import format_table, head, report
@@ -65,7 +65,9 @@ def make_value_and_grad(method: str, config: Config) -> Any:
     def solve(y0, mu):
         ys = diffrax.diffeqsolve(
             diffrax.ODETerm(_van_der_pol),
-            DEERSolver(num_steps=config.num_steps) if parallel else solver(),
+            DEERSolver(num_steps=config.num_steps, forward=ParallelForward())
+            if parallel
+            else solver(),
             0.0,
             10.0,
             None,

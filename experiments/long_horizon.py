@@ -24,6 +24,7 @@ from jaxtyping import Array
 from diffrax_deer import (
     DEERAdjoint,
     DEERSolver,
+    ParallelForward,
     SequentialForward,
     WholeInterval,
     WindowState,
@@ -96,7 +97,8 @@ def make_value_and_grad(method: str, config: Config) -> Any:
     solver, adjoint = diffrax.Dopri5(), diffrax.RecursiveCheckpointAdjoint()
     controller: Any = diffrax.StepTo(grid)
     if method != _BASELINE:
-        forward = SequentialForward() if method == "deer_sequential" else None
+        in_sequence = method == "deer_sequential"
+        forward = SequentialForward() if in_sequence else ParallelForward()
         solver = DEERSolver(num_steps=config.num_steps, forward=forward)
         controller, adjoint = WholeInterval(), DEERAdjoint()
 

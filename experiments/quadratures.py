@@ -22,6 +22,7 @@ from diffrax_deer import (
     ConstantPredictor,
     DEERAdjoint,
     DEERSolver,
+    ParallelForward,
     SequentialForward,
     WholeInterval,
 )
@@ -64,7 +65,7 @@ def make_value_and_grad(method: str, num_steps: int, coupled: bool) -> Any:
     """
     solver = DEERSolver(
         num_steps=num_steps,
-        forward=SequentialForward() if "sequence" in method else None,
+        forward=SequentialForward() if "sequence" in method else ParallelForward(),
         predictor=ConstantPredictor() if "constant" in method else None,
     )
     options = {

@@ -12,13 +12,19 @@ import pytest
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from diffrax_deer import DEERSolver
 from diffrax_deer._affine_scan import (
     AbstractScan,
     AssociativeScan,
     PlatformScan,
     SequentialScan,
 )
-from diffrax_deer._forward import AbstractForward, ParallelForward, SequentialForward
+from diffrax_deer._forward import (
+    AbstractForward,
+    ParallelForward,
+    SequentialForward,
+    StepByStep,
+)
 from diffrax_deer._linearization import (
     AbstractLinearization,
     DiagonalJacobian,
@@ -45,7 +51,14 @@ scans: dict[str, AbstractScan] = {
 forwards: dict[str, AbstractForward] = {
     "parallel": ParallelForward(),
     "sequential": SequentialForward(),
+    "step_by_step": StepByStep(),
 }
+
+
+def newton_solver(*args: Any, **kwargs: Any) -> DEERSolver:
+    """A `DEERSolver` that uses Newton's method wherever it runs."""
+    return DEERSolver(*args, forward=ParallelForward(), **kwargs)
+
 
 each_linearization = pytest.mark.parametrize(
     "linearization", linearizations.values(), ids=linearizations.keys()

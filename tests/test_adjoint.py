@@ -12,12 +12,12 @@ import numpy as np
 import optimistix as optx
 import pytest
 
-from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, WholeInterval
 
-from .helpers import problems
+from .helpers import newton_solver, problems
 
 _VDP = problems["van_der_pol"]
-_SOLVER = DEERSolver(diffrax.Bosh3(), num_steps=8)
+_SOLVER = newton_solver(diffrax.Bosh3(), num_steps=8)
 _FORMS = ("t1", "ts", "mixed", "fn", "steps", "dense")
 
 # What can be differentiated: y0, args, t0, t1, a closed-over weight, save times (as
@@ -236,7 +236,7 @@ def test_statistics_count_iterations_windows_and_residual():
             ["t1"],
             "whole",
             DEERAdjoint(),
-            solver=DEERSolver(num_steps=8, max_iterations=1),
+            solver=newton_solver(num_steps=8, max_iterations=1),
             throw=False,
         )
         return together.stats, windows.stats, default.stats, stopped.stats
@@ -304,7 +304,7 @@ def test_a_rejected_window_does_not_poison_value_or_gradient():
     def run(args, adjoint):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            DEERSolver(num_steps=4),
+            newton_solver(num_steps=4),
             0.0,
             1.0,
             1.0,
@@ -336,7 +336,7 @@ def _fall(event, controller, y0=10.0, t1=6.0, saveat=None, adjoint=None):
     """A ball thrown up from a height of 10: on the ground at `_ROOT`."""
     return diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, g: jnp.stack([y[1], -g])),
-        DEERSolver(num_steps=32),
+        newton_solver(num_steps=32),
         0.0,
         t1,
         0.1,
@@ -405,7 +405,7 @@ def test_an_event_before_the_solution_breaks_down_is_not_a_failure():
     sol = jax.jit(
         lambda: diffrax.diffeqsolve(
             diffrax.ODETerm(_failing),
-            DEERSolver(num_steps=256),
+            newton_solver(num_steps=256),
             0.0,
             1.5,
             None,
@@ -443,7 +443,7 @@ def test_an_event_with_an_infinite_end_and_one_at_the_start():
     ("solver", "match"),
     [
         (diffrax.Dopri5(), r"is for `DEERSolver`; got `solver=Dopri5"),
-        (diffrax.HalfSolver(DEERSolver()), "an error estimate of its own"),
+        (diffrax.HalfSolver(newton_solver()), "an error estimate of its own"),
     ],
 )
 def test_other_solvers_are_refused(solver, match):
@@ -475,7 +475,7 @@ def test_a_warm_start_survives_windows_solved_together():
     def run(solver_state):
         return diffrax.diffeqsolve(
             diffrax.ODETerm(_VDP.field),
-            DEERSolver(num_steps=1),
+            newton_solver(num_steps=1),
             0.0,
             2.0,
             None,

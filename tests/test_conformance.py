@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import DEERSolver, WholeInterval
+from diffrax_deer import WholeInterval
 
+from .helpers import newton_solver
 from .oracle import (
     Steps,
     adjoints,
@@ -21,7 +22,7 @@ from .oracle import (
 )
 
 _N = 4
-_SOLVER = DEERSolver(diffrax.Heun(), num_steps=_N)
+_SOLVER = newton_solver(diffrax.Heun(), num_steps=_N)
 
 
 # ---- A problem with a state of many parts ----

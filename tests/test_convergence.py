@@ -17,7 +17,7 @@ from diffrax_deer import (
 from experiments.common.problems import PROBLEMS
 from experiments.convergence import grid, solve
 
-from .helpers import relative_error
+from .helpers import newton_solver, relative_error
 
 # The most iterations from the constant guess; without an entry, as many as steps. What
 # a prototype of this iteration needed was 137, 40, 220 and 9.
@@ -39,7 +39,7 @@ def test_a_hard_problem_has_the_sequential_answer(name):
     expected = eqx.filter_jit(solve)(problem, ts, problem.solver, problem.y0, None)
     assert expected.result == diffrax.RESULTS.successful
     for predictor in (ConstantPredictor(), None):
-        solver = DEERSolver(problem.solver, num_steps=1, predictor=predictor)
+        solver = newton_solver(problem.solver, num_steps=1, predictor=predictor)
         sol = eqx.filter_jit(solve)(problem, ts, solver, problem.y0, None)
         assert sol.result == diffrax.RESULTS.successful
         assert relative_error(sol.ys, expected.ys) < _TOLERANCES.get(name, 1e-8)
@@ -57,7 +57,7 @@ def test_a_window_takes_the_same_steps_in_pieces(name):
     ts = grid(problem)
 
     def run(window):
-        solver = DEERSolver(problem.solver, num_steps=1, window=window)
+        solver = newton_solver(problem.solver, num_steps=1, window=window)
         return eqx.filter_jit(solve)(problem, ts, solver, problem.y0, None)
 
     whole, pieces = run(None), run(64)
@@ -95,7 +95,7 @@ def test_robertson_matches_the_sequential_solver_at_the_same_tolerance(rtol):
     error = lambda ys: np.max(np.abs(np.asarray(ys) - exact) / scale)
     scale = np.abs(exact) + 1e-4 * rtol
     expected = eqx.filter_jit(run)(diffrax.Kvaerno5(), rtol)
-    got = eqx.filter_jit(run)(DEERSolver(diffrax.Kvaerno5(), num_steps=16), rtol)
+    got = eqx.filter_jit(run)(newton_solver(diffrax.Kvaerno5(), num_steps=16), rtol)
     assert error(got.ys) < 10 * max(error(expected.ys), rtol)
     # And with fewer windows than a tenth of the steps in sequence.
     assert 10 * int(got.stats["num_steps"]) < int(expected.stats["num_steps"])
@@ -147,7 +147,7 @@ def test_after_a_training_step_a_warm_start_takes_few_iterations(make, dtype, mo
     y0s = jax.random.normal(key, (num_samples, size), dtype)
     targets = jnp.sin(jnp.arange(num_samples * size, dtype=dtype)).reshape(-1, size)
     t0, t1 = jnp.zeros((), dtype), jnp.asarray(4.0, dtype)
-    solver = DEERSolver(num_steps=num_steps)
+    solver = newton_solver(num_steps=num_steps)
     optimizer = optax.adam(1e-3)
 
     def solve(field, y0, state):
@@ -214,10 +214,10 @@ def test_a_previous_solution_is_a_guess_also_beyond_its_interval():
             adjoint=DEERAdjoint(),
         )
 
-    constant = DEERSolver(num_steps=100, predictor=ConstantPredictor())
+    constant = newton_solver(num_steps=100, predictor=ConstantPredictor())
     previous = cold = run(constant, 10.0)
-    same = run(DEERSolver(num_steps=100, guess=previous), 10.0)
-    longer = run(DEERSolver(num_steps=100, guess=previous), 12.0)
+    same = run(newton_solver(num_steps=100, guess=previous), 10.0)
+    longer = run(newton_solver(num_steps=100, guess=previous), 12.0)
     assert same.solver_state.num_iterations < 3 < cold.solver_state.num_iterations
     assert longer.result == diffrax.RESULTS.successful
     assert relative_error(same.ys, cold.ys) < 1e-9

@@ -21,7 +21,7 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-from .helpers import problems
+from .helpers import newton_solver, problems
 from .oracle import adjoints, each_adjoint
 
 _VDP = problems["van_der_pol"]
@@ -53,7 +53,7 @@ def _assert_equal(a, b, rtol=1e-10):
 def test_steps_are_windows():
     saveat = diffrax.SaveAt(steps=True)
     windows = diffrax.StepTo(jnp.array([0.0, 0.5, 2.0]))
-    sol = jax.jit(lambda: _solve(DEERSolver(num_steps=8), windows, saveat=saveat))()
+    sol = jax.jit(lambda: _solve(newton_solver(num_steps=8), windows, saveat=saveat))()
     assert sol.stats["num_steps"] == 2
     np.testing.assert_allclose(sol.ts[:2], [0.5, 2.0])
     grid = jnp.concatenate([jnp.linspace(0.0, 0.5, 9), jnp.linspace(0.5, 2.0, 9)[1:]])
@@ -67,11 +67,11 @@ def test_the_grid_of_the_paper_is_one_step_per_window():
     kwargs = dict(t1=0.7, saveat=diffrax.SaveAt(ts=times))
     solver = ExponentialRosenbrockEuler()
     run = eqx.filter_jit(lambda solver: _solve(solver, diffrax.StepTo(times), **kwargs))
-    _assert_equal(run(DEERSolver(solver, num_steps=1)).ys, run(solver).ys)
+    _assert_equal(run(newton_solver(solver, num_steps=1)).ys, run(solver).ys)
 
 
 def test_constant_steps_and_dt0_are_windows_as_for_any_solver():
-    solver = DEERSolver(num_steps=4)
+    solver = newton_solver(num_steps=4)
     run = lambda dt0, controller: diffrax.diffeqsolve(
         diffrax.ODETerm(_VDP.field),
         solver,
@@ -98,7 +98,7 @@ def test_the_whole_interval_is_one_step_whatever_rounding_does(t0):
     def run(t1):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -y),
-            DEERSolver(num_steps=2),
+            newton_solver(num_steps=2),
             t0,
             t1,
             0.1,
@@ -114,11 +114,11 @@ def test_the_whole_interval_is_one_step_whatever_rounding_does(t0):
 
 def test_an_infinite_interval_cannot_be_one_step():
     with pytest.raises(Exception, match="has to be finite"):
-        jax.block_until_ready(_solve(DEERSolver(), WholeInterval(), t1=jnp.inf).ys)
+        jax.block_until_ready(_solve(newton_solver(), WholeInterval(), t1=jnp.inf).ys)
 
 
 def test_an_empty_interval_returns_the_initial_value():
-    sol = _solve(DEERSolver(num_steps=4), WholeInterval(), t0=1.0, t1=1.0)
+    sol = _solve(newton_solver(num_steps=4), WholeInterval(), t0=1.0, t1=1.0)
     _assert_equal(sol.ys[-1], jnp.asarray(_VDP.y0))
 
 
@@ -167,7 +167,7 @@ def test_the_state_may_be_any_pytree(adjoint):
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         # diffrax calls its own support of complex numbers a work in progress.
         warnings.simplefilter("ignore", UserWarning)
-        deer = DEERSolver(diffrax.Heun(), num_steps=16)
+        deer = newton_solver(diffrax.Heun(), num_steps=16)
         ys = run(field, y0, deer, WholeInterval(), adjoint)
     z = y0["complex"]
     real_y0 = z.real, z.imag, y0["matrix"], y0["scalar"], None, y0["empty"]
@@ -183,7 +183,7 @@ def test_the_state_may_be_any_pytree(adjoint):
 def test_a_state_without_components_is_left_alone():
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: y),
-        DEERSolver(num_steps=3),
+        newton_solver(num_steps=3),
         0.0,
         1.0,
         None,
@@ -197,7 +197,7 @@ def test_half_precision_keeps_its_type():
     y0 = jnp.array([1.0, -0.5], jnp.bfloat16)
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: -y),
-        DEERSolver(diffrax.Heun(), num_steps=8),
+        newton_solver(diffrax.Heun(), num_steps=8),
         jnp.array(0.0, jnp.bfloat16),
         jnp.array(1.0, jnp.bfloat16),
         None,
@@ -232,7 +232,7 @@ def test_sums_of_terms_and_controls_work_as_one_field(adjoint):
                 adjoint=adjoints[adjoint],
             ).ys
         )
-        deer = DEERSolver(diffrax.Heun(), num_steps=12)
+        deer = newton_solver(diffrax.Heun(), num_steps=12)
         parallel = run(deer, WholeInterval(), adjoint)
         sequential = run(diffrax.Heun(), diffrax.StepTo(grid), "default")
         _assert_equal(parallel, sequential)
@@ -256,15 +256,15 @@ def test_a_solver_of_split_terms_needs_the_full_jacobian():
     )
     solver = diffrax.SemiImplicitEuler()
     grid = diffrax.StepTo(jnp.linspace(0.0, 2.0, 21))
-    parallel = DEERSolver(solver, num_steps=20)
+    parallel = newton_solver(solver, num_steps=20)
     _assert_equal(run(parallel, WholeInterval()), run(solver, grid))
-    parallel = DEERSolver(solver, num_steps=20, linearization=PiecewiseConstant())
+    parallel = newton_solver(solver, num_steps=20, linearization=PiecewiseConstant())
     with pytest.raises(TypeError, match=r"Use `FullJacobian\(\)`"):
         run(parallel, WholeInterval())
 
 
 def test_vmap_over_everything_equals_one_by_one_with_the_associative_scan():
-    solver = DEERSolver(diffrax.Heun(), num_steps=12, scan=AssociativeScan())
+    solver = newton_solver(diffrax.Heun(), num_steps=12, scan=AssociativeScan())
 
     def run(y0, args, t0, t1, ts):
         return diffrax.diffeqsolve(
@@ -297,7 +297,7 @@ def test_a_warm_start_needs_fewer_iterations_and_gives_the_same_answer():
     @jax.jit
     def run(y0, state):
         return _solve(
-            DEERSolver(num_steps=100, predictor=ConstantPredictor()),
+            newton_solver(num_steps=100, predictor=ConstantPredictor()),
             WholeInterval(),
             t1=6.0,
             y0=y0,
@@ -332,7 +332,7 @@ def test_any_path_is_a_guess_in_the_users_own_time(backward):
             saveat=diffrax.SaveAt(dense=True),
         )
         solve = lambda guess: _solve(
-            DEERSolver(num_steps=60, guess=guess, predictor=ConstantPredictor()),
+            newton_solver(num_steps=60, guess=guess, predictor=ConstantPredictor()),
             WholeInterval(),
             t0=t0,
             t1=t1,
@@ -348,7 +348,9 @@ def test_any_path_is_a_guess_in_the_users_own_time(backward):
 
 def test_the_state_of_the_solver_reports_iterations_and_residual():
     save = diffrax.SaveAt(t1=True, solver_state=True)
-    state = _solve(DEERSolver(num_steps=50), WholeInterval(), saveat=save).solver_state
+    state = _solve(
+        newton_solver(num_steps=50), WholeInterval(), saveat=save
+    ).solver_state
     assert state.ys.shape == (51, 2)
     np.testing.assert_allclose(state.ts, np.linspace(0.0, 2.0, 51))
     assert 2 < int(state.num_iterations) < 10
@@ -363,7 +365,7 @@ def test_dense_output_survives_jit_boundaries_and_scans():
     @jax.jit
     def run():
         return _solve(
-            DEERSolver(num_steps=10),
+            newton_solver(num_steps=10),
             WholeInterval(),
             saveat=diffrax.SaveAt(dense=True),
             max_steps=2,
@@ -390,7 +392,7 @@ _WRONG_ARGUMENTS = [
     (dict(solver=diffrax.EulerHeun()), ValueError, "SDE solver `EulerHeun`"),
     (dict(solver=diffrax.SPaRK()), ValueError, "Use `Dopri5\\(\\)`"),
     (dict(solver=diffrax.LeapfrogMidpoint()), ValueError, "one-step method"),
-    (dict(solver=DEERSolver()), ValueError, "itself"),
+    (dict(solver=newton_solver()), ValueError, "itself"),
     (
         dict(linearization=FullJacobian),
         TypeError,
@@ -406,7 +408,7 @@ _WRONG_ARGUMENTS = [
 @pytest.mark.parametrize(("kwargs", "error", "match"), _WRONG_ARGUMENTS)
 def test_wrong_arguments_name_themselves_and_the_remedy(kwargs, error, match):
     with pytest.raises(error, match=match):
-        DEERSolver(**kwargs)
+        newton_solver(**kwargs)
 
 
 @pytest.mark.filterwarnings("ignore:`DEERSolver` is not marked as converging")
@@ -417,7 +419,7 @@ def test_a_term_with_noise_is_refused():
     with pytest.raises(ValueError, match="found a Brownian motion in `terms`"):
         diffrax.diffeqsolve(
             diffrax.MultiTerm(drift, diffusion),
-            DEERSolver(diffrax.Heun()),
+            newton_solver(diffrax.Heun()),
             0.0,
             1.0,
             0.1,
@@ -428,13 +430,13 @@ def test_a_term_with_noise_is_refused():
 def test_a_guess_of_another_structure_is_refused():
     guess = diffrax.LinearInterpolation(jnp.array([0.0, 1.0]), jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"`guess.evaluate\(t\)` must have the"):
-        _solve(DEERSolver(guess=guess), WholeInterval())
+        _solve(newton_solver(guess=guess), WholeInterval())
 
 
 def test_a_controller_without_error_estimate_is_refused_by_diffrax():
     controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="does not provide error estimates"):
-        _solve(DEERSolver(diffrax.Euler()), controller)
+        _solve(newton_solver(diffrax.Euler()), controller)
 
 
 def test_the_piecewise_constant_linearization_of_large_steps_stays_finite():
@@ -451,11 +453,11 @@ def test_the_piecewise_constant_linearization_of_large_steps_stays_finite():
             stepsize_controller=controller,
         ).ys
     )
-    parallel = run(DEERSolver(diffrax.Heun(), num_steps=20), WholeInterval())
+    parallel = run(newton_solver(diffrax.Heun(), num_steps=20), WholeInterval())
     sequential = run(diffrax.Heun(), diffrax.StepTo(jnp.linspace(0.0, 2.0, 21)))
     _assert_equal(parallel, sequential)
 
 
 def test_eqx_filter_jit_takes_the_solver_as_an_argument():
     run = eqx.filter_jit(lambda solver: _solve(solver, WholeInterval()).ys)
-    _assert_equal(run(DEERSolver(num_steps=30)), run(DEERSolver(num_steps=30)))
+    _assert_equal(run(newton_solver(num_steps=30)), run(newton_solver(num_steps=30)))

@@ -14,12 +14,11 @@ import pytest
 
 from diffrax_deer import (
     DEERAdjoint,
-    DEERSolver,
     ExponentialRosenbrockEuler,
     WholeInterval,
 )
 
-from .helpers import problems
+from .helpers import newton_solver, problems
 from .oracle import adjoints, all_adjoints, assert_equal, each_adjoint
 
 _N = 12
@@ -64,7 +63,7 @@ def _solve(solver, controller, t0, t1, y0, push, saveat, adjoint=None, **kwargs:
 
 def _parallel(name, adjoint, t0, t1, y0, push, saveat, num_windows=1, **kwargs: Any):
     """Windows of several steps each, those of `_sequential` all together."""
-    solver = DEERSolver(solvers[name][0], num_steps=_N // num_windows)
+    solver = newton_solver(solvers[name][0], num_steps=_N // num_windows)
     windows = diffrax.StepTo(jnp.linspace(t0, t1, num_windows + 1))
     controller = WholeInterval() if num_windows == 1 else windows
     return _solve(
@@ -110,7 +109,7 @@ def test_the_solution_converges_with_the_order_of_the_solver(name):
     def error(num_steps):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -2 * t * y**2),
-            DEERSolver(solver, num_steps=num_steps),
+            newton_solver(solver, num_steps=num_steps),
             0.0,
             1.5,
             None,
@@ -223,7 +222,7 @@ def test_an_adaptive_solve_meets_the_tolerance(name, adjoint):
         arguments = 0.0, 2.0, _y0(), jnp.array(0.4), saveat
         kwargs = dict(adjoint=adjoints[adjoint], max_steps=64)
         found = _solve(
-            DEERSolver(solver, num_steps=16), controller, *arguments, **kwargs
+            newton_solver(solver, num_steps=16), controller, *arguments, **kwargs
         )
         tight = diffrax.PIDController(rtol=1e-11, atol=1e-11)
         exact = _solve(diffrax.Dopri8(), tight, *arguments, max_steps=4096)
@@ -265,7 +264,7 @@ def test_at_every_tolerance_the_error_is_at_most_ten_times_that_of_dopri5(proble
 
         def at(tolerance):
             error = lambda ys: jnp.max(jnp.abs(ys - exact))
-            windows = error(solve(DEERSolver(), tolerance, 4096))
+            windows = error(solve(newton_solver(), tolerance, 4096))
             return windows, error(solve(diffrax.Dopri5(), tolerance, 100_000))
 
         return jax.lax.map(at, 10.0 ** -jnp.arange(3.0, 11.0))

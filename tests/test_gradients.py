@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from diffrax_deer import (
-    DEERSolver,
     ExponentialRosenbrockEuler,
     SequentialForward,
     WholeInterval,
 )
 
-from .helpers import linearizations
+from .helpers import linearizations, newton_solver
 
 _STEPS = 12
 _ADJOINTS = {
@@ -79,7 +78,7 @@ def _sequential(solver, **kwargs):
 
 
 def _parallel(solver, adjoint=None, closed_over=True, between=True, **kwargs):
-    solver = DEERSolver(solver, num_steps=_STEPS, **kwargs)
+    solver = newton_solver(solver, num_steps=_STEPS, **kwargs)
     whole = lambda t0, t1: WholeInterval()
     return _loss(solver, whole, adjoint, closed_over, between)
 
@@ -201,7 +200,7 @@ def test_modules_as_arguments_and_gradients_of_their_weights():
         return jnp.sum(sol.ys**2)
 
     solver = ExponentialRosenbrockEuler()
-    value, gradient = loss(model, DEERSolver(solver, num_steps=8), WholeInterval())
+    value, gradient = loss(model, newton_solver(solver, num_steps=8), WholeInterval())
     grid = diffrax.StepTo(jnp.linspace(0.0, 1.0, 9))
     expected_value, expected = loss(model, solver, grid)
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, WholeInterval
 from diffrax_deer._blocks import BlockDiagonalJacobian
 from diffrax_deer._implicit import solve
 from diffrax_deer._linearization import (
@@ -25,6 +25,7 @@ from .helpers import (
     constant_guess,
     forwards,
     newton,
+    newton_solver,
     primitives,
     random_like,
     relative_error,
@@ -283,7 +284,7 @@ def test_a_large_neural_ode_trains_as_in_sequence(size, names):
     expected = _train(size, diffrax.Dopri5(), grid, adjoint)
     assert np.all(np.diff(expected[0]) < 0)
     for name in names:
-        solver = DEERSolver(num_steps=24, linearization=_LINEARIZATIONS[name])
+        solver = newton_solver(num_steps=24, linearization=_LINEARIZATIONS[name])
         losses, gradient = _train(size, solver, WholeInterval(), DEERAdjoint())
         assert relative_error(gradient, expected[1]) < 1e-9
         np.testing.assert_allclose(losses, expected[0], rtol=1e-9)

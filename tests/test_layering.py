@@ -18,6 +18,7 @@ _LAYERS = [
     "_custom_types",
     "_matrix_functions",
     "_causal",
+    "_batch",
     "_affine_scan",
     "_matrix_free",
     "_checks",

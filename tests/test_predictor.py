@@ -22,7 +22,11 @@ def _step_map(name: str, num_steps: int, dtype=jnp.float64):
         ravel(problem.y0)[1],
     )
     times = jnp.linspace(problem.t0, problem.t1, num_steps + 1, dtype=dtype)
-    return StepMap(inner.step, leap=inner.leap), problem.y0, intervals(times)
+    return (
+        StepMap(inner.step, leap=inner.leap, between=inner.between),
+        problem.y0,
+        intervals(times),
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -69,7 +73,7 @@ def test_a_step_that_says_itself_that_it_is_useless_is_not_used():
         ravel(jnp.ones(1))[1],
     )
     xs = intervals(jnp.linspace(0.0, 10.0, 11))
-    step_map = StepMap(inner.step, leap=inner.leap)
+    step_map = StepMap(inner.step, leap=inner.leap, between=inner.between)
     ys = jnp.full((10, 1), jnp.nan)
     got = CoarsePredictor(5)(step_map, jnp.ones(1), xs, ys, jnp.array(0))
     np.testing.assert_array_equal(got, np.ones((10, 1)))

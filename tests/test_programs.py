@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, WholeInterval
 
-from .helpers import problems
+from .helpers import newton_solver, problems
 from .oracle import adjoints, assert_equal, each_adjoint
 
 _N = 8
-_SOLVER = DEERSolver(diffrax.Heun(), num_steps=_N)
+_SOLVER = newton_solver(diffrax.Heun(), num_steps=_N)
 _VDP = problems["van_der_pol"]
 _PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 
@@ -147,7 +147,7 @@ def test_backsolve_gives_the_continuous_gradient():
         return jnp.sum(sol.ys**2)
 
     tight = diffrax.PIDController(rtol=1e-10, atol=1e-10)
-    deer = DEERSolver(num_steps=16)
+    deer = newton_solver(num_steps=16)
     cases = {
         "itself": diffrax.BacksolveAdjoint(),
         "sequential": diffrax.BacksolveAdjoint(
@@ -178,7 +178,7 @@ def test_implicit_adjoint_differentiates_a_steady_state():
     def steady(parameter):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, p: 3 * (p - y**2)),
-            DEERSolver(num_steps=64),
+            newton_solver(num_steps=64),
             0.0,
             10.0,
             None,
@@ -243,7 +243,7 @@ def test_debugging_nans_finds_none(controller, adjoint):
 @each_adjoint
 def test_programs_run_without_being_compiled(adjoint):
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
-    small = DEERSolver(diffrax.Heun(), num_steps=2)
+    small = newton_solver(diffrax.Heun(), num_steps=2)
     run = lambda: _solve(adjoint, 0.0, 0.1, None, y0, args, _PID, small, max_steps=4).ys
     with jax.disable_jit():
         found = run()

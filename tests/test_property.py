@@ -27,11 +27,14 @@ def _field(t, y, args):
 def _step_map(args) -> StepMap:
     inner = rk4(_field, args)
 
-    def leap(first, last, x, y):
-        end = inner.step((first[0], last[1]), y)
-        return y + (x[1] - first[0]) / (last[1] - first[0]) * (end - y)
+    def leap(first, last, y):
+        return inner.step((first[0], last[1]), y)
 
-    return StepMap(inner.step, inner.increment, None, leap)
+    def between(first, last, x, y):
+        part = (x[1] - first[0]) / (last[1] - first[0])
+        return y + part * (leap(first, last, y) - y)
+
+    return StepMap(inner.step, inner.increment, None, leap, between)
 
 
 @ft.cache

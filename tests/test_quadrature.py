@@ -20,7 +20,7 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-from .helpers import linearizations, primitives, relative_error
+from .helpers import linearizations, newton_solver, primitives, relative_error
 from .oracle import all_adjoints, assert_equal, one_by_one
 
 _ROOT = optx.Newton(rtol=1e-12, atol=1e-12)
@@ -58,13 +58,13 @@ def _cast(tree, dtype):
 
 
 def _found(field, y0, solver=None, terms=None):
-    solver = DEERSolver() if solver is None else solver
+    solver = newton_solver() if solver is None else solver
     terms = diffrax.ODETerm(field) if terms is None else terms
     return solver.quadratures(terms, 0.0, 1.0, y0, None)
 
 
 def test_the_leaves_that_nothing_depends_on_are_found():
-    found = DEERSolver().quadratures(_TERM, 0.0, 1.0, _Y0, _W)
+    found = newton_solver().quadratures(_TERM, 0.0, 1.0, _Y0, _W)
     assert found == {"log_p": True, "z": False, "cost": True}
 
 
@@ -123,14 +123,14 @@ def test_everything_or_nothing():
 def test_fields_of_several_terms():
     y0 = jnp.ones(2), jnp.zeros(())
     vf = lambda t, y, args: (y[1], -y[0])
-    splitting = DEERSolver(diffrax.SemiImplicitEuler())
+    splitting = newton_solver(diffrax.SemiImplicitEuler())
     terms = diffrax.ODETerm(lambda t, y, args: y), diffrax.ODETerm(lambda t, y, args: y)
     assert _found(vf, (jnp.ones(2), jnp.ones(2)), splitting, terms) == (False, False)
 
     explicit = diffrax.ODETerm(lambda t, y, args: (-y[0], jnp.sum(y[0])))
     implicit = diffrax.ODETerm(lambda t, y, args: (jnp.sin(y[0]), jnp.zeros_like(y[1])))
     both = diffrax.MultiTerm(explicit, implicit)
-    assert _found(None, y0, DEERSolver(diffrax.KenCarp3()), both) == (False, True)
+    assert _found(None, y0, newton_solver(diffrax.KenCarp3()), both) == (False, True)
 
 
 def test_solvers_of_other_kinds_are_left_alone():
@@ -155,7 +155,7 @@ def test_solvers_of_other_kinds_are_left_alone():
             )
             return jax.tree.map(lambda y: jnp.clip(y, -1, 1), y1), *rest
 
-    solver = DEERSolver(Projected(diffrax.Euler()))
+    solver = newton_solver(Projected(diffrax.Euler()))
     assert solver.quadratures(_TERM, 0.0, 1.0, _Y0, _W) == dict.fromkeys(_Y0, False)
 
 
@@ -190,7 +190,7 @@ def test_value_and_gradient_are_those_of_the_sequential_solver(name):
 
     def loss(found, y0, args, t1, factor):
         if found:
-            y1 = _solve(_TERM, DEERSolver(solver, num_steps=_N), y0, args, t1).ys
+            y1 = _solve(_TERM, newton_solver(solver, num_steps=_N), y0, args, t1).ys
             y1 = jax.tree.map(lambda y: y[-1], y1)
         else:
             prepared = (
@@ -225,7 +225,7 @@ def test_it_is_that_of_the_coupled_system(name, dtype):
         solver = DEERSolver(num_steps=_N, forward=SequentialForward())
         tolerance = 16 * eps
     else:
-        solver = DEERSolver(num_steps=_N, linearization=linearizations[name])
+        solver = newton_solver(num_steps=_N, linearization=linearizations[name])
         # That of the iteration itself.
         tolerance = eps**0.75
     y0, args = _cast(_Y0, dtype), _cast(_W, dtype)
@@ -242,7 +242,9 @@ def test_it_is_that_of_the_coupled_system(name, dtype):
 
 
 def test_a_block_is_one_of_the_coupled_components():
-    solver = DEERSolver(num_steps=_N, linearization=BlockDiagonalJacobian(block_size=2))
+    solver = newton_solver(
+        num_steps=_N, linearization=BlockDiagonalJacobian(block_size=2)
+    )
     found = _solve(_TERM, solver, _Y0, _W).ys
     expected = _sequential(diffrax.Dopri5(), _Y0, _W)
     assert_equal(jax.tree.map(lambda y: y[-1], found), expected, 1e-12)
@@ -255,7 +257,7 @@ def test_every_adjoint_and_every_way_to_save(adjoint):
     @jax.jit
     def run(y0):
         saveat = diffrax.SaveAt(ts=ts, t1=True, dense=True, solver_state=True)
-        solver = DEERSolver(num_steps=_N)
+        solver = newton_solver(num_steps=_N)
         kwargs: Any = dict(saveat=saveat, adjoint=all_adjoints[adjoint])
         sol = _solve(_TERM, solver, y0, _W, **kwargs)
         again = _solve(_TERM, solver, y0, _W, solver_state=sol.solver_state, **kwargs)
@@ -277,7 +279,7 @@ def test_the_controller_sees_the_error_of_a_quadrature():
     field = lambda t, y, args: (jnp.zeros_like(y[0]), 1 / (1e-3 + (t - 0.3) ** 2))
     controller = diffrax.PIDController(rtol=1e-8, atol=1e-8)
     y0 = jnp.ones(1), jnp.zeros(())
-    solver = DEERSolver(num_steps=8)
+    solver = newton_solver(num_steps=8)
     saveat = diffrax.SaveAt(t1=True)
     for adjoint in (DEERAdjoint(), diffrax.RecursiveCheckpointAdjoint()):
         sol = _solve(
@@ -297,7 +299,7 @@ def test_the_controller_sees_the_error_of_a_quadrature():
 
 def test_events_see_quadratures():
     event = diffrax.Event(lambda t, y, args, **_: y["cost"][0] - 0.4, _ROOT)
-    sol = _solve(_TERM, DEERSolver(num_steps=_N), _Y0, _W, event=event)
+    sol = _solve(_TERM, newton_solver(num_steps=_N), _Y0, _W, event=event)
     assert sol.result == diffrax.RESULTS.event_occurred
     assert abs(sol.ys["cost"][-1, 0] - 0.4) < 1e-10
 
@@ -306,7 +308,7 @@ def test_nothing_but_quadratures():
     sol = jax.jit(
         lambda y0, rate: _solve(
             diffrax.ODETerm(lambda t, y, a: a * t**4 * jnp.ones(3)),
-            DEERSolver(num_steps=_N),
+            newton_solver(num_steps=_N),
             y0,
             rate,
         )
@@ -324,7 +326,7 @@ def test_forward_mode_second_derivatives_and_batches():
         return value
 
     def deer(args):
-        ys = _solve(_TERM, DEERSolver(num_steps=_N), _Y0, args).ys
+        ys = _solve(_TERM, newton_solver(num_steps=_N), _Y0, args).ys
         return jax.tree.map(lambda y: y[-1], ys)
 
     solver = eqx.tree_at(
@@ -371,7 +373,7 @@ def test_the_field_of_a_quadrature_is_evaluated_once():
 
     y0 = jnp.array([0.2, 1.0]), jnp.zeros(())
     sol = jax.jit(
-        lambda: _solve(diffrax.ODETerm(field), DEERSolver(num_steps=_N), y0, None)
+        lambda: _solve(diffrax.ODETerm(field), newton_solver(num_steps=_N), y0, None)
     )()
     jax.block_until_ready(sol)
     assert sol.stats["num_newton_iterations"] > 1
@@ -382,7 +384,7 @@ def test_the_field_of_a_quadrature_is_evaluated_once():
 def test_a_quadrature_is_not_part_of_the_iteration():
     y0 = jnp.array([0.2, 1.0]), jnp.zeros(())
     solve = lambda field, args: _solve(
-        diffrax.ODETerm(field), DEERSolver(num_steps=_N), y0, args
+        diffrax.ODETerm(field), newton_solver(num_steps=_N), y0, args
     ).ys[1]
 
     def loops(field):
@@ -413,7 +415,7 @@ def test_backsolve_of_many_parameters():
     def loss(weights, adjoint):
         sol = _solve(
             diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
-            DEERSolver(num_steps=_N),
+            newton_solver(num_steps=_N),
             jnp.ones(100),
             weights,
             adjoint=adjoint,
@@ -442,7 +444,11 @@ def _fails_late(t, y, args):
 def test_a_quadrature_without_value_is_a_failure():
     y0 = jnp.zeros(()), jnp.zeros(())
     run = lambda speed: _solve(
-        diffrax.ODETerm(_fails_late), DEERSolver(num_steps=_N), y0, speed, throw=False
+        diffrax.ODETerm(_fails_late),
+        newton_solver(num_steps=_N),
+        y0,
+        speed,
+        throw=False,
     )
     sol = jax.jit(jax.vmap(run))(jnp.array([2.0, 0.5]))
     results = diffrax.RESULTS
@@ -462,7 +468,7 @@ def test_a_rejected_window_leaves_no_nan_in_the_gradient(adjoint):
     def loss(rate):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            DEERSolver(diffrax.Heun(), num_steps=2),
+            newton_solver(diffrax.Heun(), num_steps=2),
             0.0,
             2.0,
             1.9,

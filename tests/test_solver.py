@@ -16,7 +16,7 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-from .helpers import forwards, linearizations, problems, scans
+from .helpers import forwards, linearizations, newton_solver, problems, scans
 
 _TIGHT = optx.Newton(rtol=1e-12, atol=1e-12)
 
@@ -88,7 +88,7 @@ def test_equals_the_sequential_solver_both_ways_dense_output_included(name):
             )
             return jax.vmap(lambda t: (sol.evaluate(t), sol.derivative(t)))(between)
 
-        parallel = values(DEERSolver(solver, num_steps=20), WholeInterval())
+        parallel = values(newton_solver(solver, num_steps=20), WholeInterval())
         return parallel, values(solver, diffrax.StepTo(jnp.linspace(t0, t1, 21)))
 
     for t0, t1 in ((0.0, 2.0), (1.0, 0.2)):
@@ -141,7 +141,7 @@ def test_the_scheme_of_the_paper_is_exact_on_linear_equations_in_one_iteration(s
     y0 = jnp.array([1.0, 2.0])
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: args[0] @ y + args[1]),
-        DEERSolver(
+        newton_solver(
             ExponentialRosenbrockEuler(),
             num_steps=7,
             max_iterations=1,
@@ -179,7 +179,7 @@ def test_an_mlp_field_of_width_64_needs_at_most_seven_iterations(
     sol = jax.jit(
         lambda: diffrax.diffeqsolve(
             diffrax.ODETerm(problem.field),
-            DEERSolver(
+            newton_solver(
                 num_steps=num_steps,
                 linearization=linearizations[linearization],
                 rtol=1e-9,
@@ -216,7 +216,7 @@ def test_a_window_that_cannot_be_solved_is_rejected_or_reported():
     y0 = jnp.array([1.0])
     solve = lambda controller, throw=True: diffrax.diffeqsolve(
         term,
-        DEERSolver(num_steps=4),
+        newton_solver(num_steps=4),
         0.0,
         2.0,
         0.5,
@@ -238,7 +238,7 @@ def test_too_few_iterations_are_reported():
     problem = problems["van_der_pol"]
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(problem.field),
-        DEERSolver(max_iterations=2),
+        newton_solver(max_iterations=2),
         0.0,
         6.0,
         None,
@@ -265,7 +265,7 @@ def test_default_tolerances_of_an_implicit_solver_reach_rounding():
             stepsize_controller=controller,
         ).ys
     )
-    parallel = solve(DEERSolver(diffrax.Kvaerno5(), num_steps=100), WholeInterval())
+    parallel = solve(newton_solver(diffrax.Kvaerno5(), num_steps=100), WholeInterval())
     tight = step_maps["kvaerno5"]
     sequential = solve(tight, diffrax.StepTo(jnp.linspace(0.0, 3.0, 101)))
     assert _max_error(parallel, sequential) < 1e-10
@@ -299,7 +299,7 @@ def test_full_jacobian_of_a_stiff_step_map_converges():
     problem = problems["van_der_pol"]
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(problem.field),
-        DEERSolver(diffrax.Kvaerno3(), num_steps=50, linearization=FullJacobian()),
+        newton_solver(diffrax.Kvaerno3(), num_steps=50, linearization=FullJacobian()),
         0.0,
         1.0,
         None,

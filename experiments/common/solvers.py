@@ -10,6 +10,7 @@ from diffrax_deer import (
     CoarsePredictor,
     DEERAdjoint,
     DEERSolver,
+    ParallelForward,
     SequentialForward,
     WholeInterval,
 )
@@ -29,7 +30,7 @@ def solve_options(
     """
     adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
     whole = {"stepsize_controller": WholeInterval(), "adjoint": DEERAdjoint()}
-    deer = DEERSolver(num_steps=num_steps)
+    deer = DEERSolver(num_steps=num_steps, forward=ParallelForward())
     sequential = DEERSolver(num_steps=num_steps, forward=SequentialForward())
     return {
         "deer": {"solver": deer, **whole},
