@@ -20,6 +20,7 @@ from experiments import (
     rnn_speed,
     two_body_hnn,
 )
+from experiments.benchmark import goals, reading, report
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
 
@@ -123,6 +124,21 @@ def _rnn_classifier(results: dict[str, Any]) -> str:
     return _measured(tables, what, *results.values())
 
 
+def _benchmark(results: dict[str, Any]) -> str:
+    cells = reading.cells_of(results.values())
+    headline = [
+        cell
+        for cell in cells
+        if cell["mode"] == "gradient" and report.is_headline(cell)
+    ]
+    names = ("dopri5", "scan_rk45", "deer", "deer_newton_warm")
+    tables = [report.grid_table(headline, names), report.matched_table(cells)]
+    parts = [*tables, report.summary(cells), goals.table(cells)]
+    repeats = max(each["config"]["repeats"] for each in results.values())
+    what = f"at most {repeats} repeats"
+    return _measured("\n\n".join(parts), what, *results.values())
+
+
 def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
     """The table, and below it how it was measured, by one run or by several."""
     environments = [result["environment"] for result in results]
@@ -149,6 +165,7 @@ _TABLES = {
     "rnn_speed": _rnn_speed,
     "rnn_accuracy": _rnn_accuracy,
     "rnn_classifier": _rnn_classifier,
+    "benchmark": _benchmark,
 }
 
 

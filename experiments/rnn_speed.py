@@ -18,8 +18,12 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from experiments.common.affordable import (
+    Prepared,
+    describe_time,
     expected_seconds,
     prepare,
+    speed_up,
+    take_affordable_turns,
     too_large,
     too_slow,
 )
@@ -34,12 +38,7 @@ from experiments.common.recurrent import (
     run_cell,
 )
 from experiments.common.results import format_table, head, report
-from experiments.common.timing import (
-    Compiled,
-    largest_difference,
-    quartiles,
-    take_turns,
-)
+from experiments.common.timing import largest_difference
 
 MODES = {"forward": "forward", "gradient": "value and gradient"}
 # The baseline first, since values are compared with its.
@@ -193,8 +192,8 @@ def measure(
     xs = jr.normal(input_key, shape, jnp.float32)
     arrays, static = eqx.partition(cell, eqx.is_array)
     methods: dict[str, dict[str, Any]] = {}
-    compiled: dict[str, Compiled] = {}
-    reference, round_seconds = None, 0.0
+    prepared: dict[str, Prepared] = {}
+    reference = None
     for name in _METHODS:
         skipped = _reason_to_skip(name, place, cells, config)
         function = make_function(name, place.mode, static)
@@ -202,9 +201,8 @@ def measure(
         if isinstance(found, dict):
             methods[name] = found
             continue
-        compiled[name] = found.compiled
+        prepared[name] = found
         methods[name] = {"compile_seconds": found.compiled.compile_seconds}
-        round_seconds += found.seconds
         values, iterations = found.value
         if name == BASELINE:
             reference = values
@@ -214,22 +212,14 @@ def measure(
             pairs = zip(values, reference, strict=True)
             differences = [largest_difference(*pair) for pair in pairs]
             methods[name] |= dict(zip(_DIFFERENCES, differences, strict=False))
-    repeats = int(config.cell_seconds / round_seconds) if compiled else 0
-    take_turns(compiled.values(), min(max(repeats, 1), config.repeats))
-    for name, each in compiled.items():
-        methods[name]["seconds"] = each.seconds
+    take_affordable_turns(list(prepared.values()), config.cell_seconds, config.repeats)
+    for name, each in prepared.items():
+        methods[name]["seconds"] = each.compiled.seconds
     return dataclasses.asdict(place) | {"methods": methods}
 
 
-def speed_up(cell: dict[str, Any], method: str) -> Entry:
-    """How often faster than the baseline, or why that is not known."""
-    for name in (method, BASELINE):
-        if "skipped" in cell["methods"][name]:
-            return cell["methods"][name]["skipped"]["why"]
-    baseline, own = (
-        quartiles(cell["methods"][name]["seconds"])[1] for name in (BASELINE, method)
-    )
-    return baseline / own
+def _speed_up(cell: dict[str, Any], method: str) -> Entry:
+    return speed_up(cell["methods"], method, BASELINE)
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -241,7 +231,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         for mode in MODES:
             for batch_size in config["batch_sizes"]:
                 entries = {
-                    (f"{cell['num_steps']:g}", cell["dim"]): speed_up(cell, method)
+                    (f"{cell['num_steps']:g}", cell["dim"]): _speed_up(cell, method)
                     for cell in results["cells"]
                     if (cell["mode"], cell["batch_size"]) == (mode, batch_size)
                 }
@@ -268,10 +258,10 @@ def table(results: dict[str, Any]) -> str:
     for cell in sorted(results["cells"], key=order):
         sizes = (cell[key] for key in ("batch_size", "dim", "num_steps"))
         methods = cell["methods"]
-        row = [MODES[cell["mode"]], *map(str, sizes), _describe(methods[BASELINE])]
+        row = [MODES[cell["mode"]], *map(str, sizes), describe_time(methods[BASELINE])]
         for name in _COMPARED:
-            ratio = speed_up(cell, name)
-            row.append(_describe(methods[name]))
+            ratio = _speed_up(cell, name)
+            row.append(describe_time(methods[name]))
             row.append("-" if isinstance(ratio, str) else f"{ratio:.2g}×")
         row.append(str(methods["deer_newton"].get("num_iterations", "-")))
         keys = [(name, key) for name in _COMPARED for key in _DIFFERENCES]
@@ -282,14 +272,6 @@ def table(results: dict[str, Any]) -> str:
     for name in _COMPARED:
         header += [f"{LABELS[name]} (ms)", "speed-up"]
     return format_table([*header, "iterations", "difference"], rows)
-
-
-def _describe(method: dict[str, Any]) -> str:
-    """The time of a method, or why there is none."""
-    if "skipped" in method:
-        return f"left out: {method['skipped']['detail']}"
-    first, median, third = quartiles(method["seconds"])
-    return f"{median:.3g} [{first:.3g}, {third:.3g}]"
 
 
 def main(config: Config) -> dict[str, Any]:

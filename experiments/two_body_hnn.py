@@ -35,7 +35,7 @@ import optax
 from jaxtyping import Array
 
 from experiments.common import datasets, two_body, warm_start
-from experiments.common.command_line import run
+from experiments.common.command_line import by_platform, run
 from experiments.common.errors import ExperimentError
 from experiments.common.experiment import (
     Experiment,
@@ -64,13 +64,6 @@ METRICS = (
 _TOLERANCE_FACTORS = {"dopri5": 0.4}
 
 
-def _by_platform(cpu: Any, other: Any) -> Any:
-    """The default of a setting, on a CPU and elsewhere."""
-    return dataclasses.field(
-        default_factory=lambda: cpu if jax.default_backend() == "cpu" else other
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Config(TrainingConfig):
     """Trains a Hamiltonian neural network with several solvers and compares them.
@@ -95,22 +88,22 @@ class Config(TrainingConfig):
         out: Folder for checkpoint, results and plots.
     """
 
-    steps: int = _by_platform(500, 20_000)
-    batch_size: int = _by_platform(8, 16)
-    learning_rate: float = _by_platform(3e-3, 1e-3)
+    steps: int = by_platform(500, 20_000)
+    batch_size: int = by_platform(8, 16)
+    learning_rate: float = by_platform(3e-3, 1e-3)
     rtol: float = 5e-6
     atol: float = 5e-6
-    num_steps: int = _by_platform(24, 32)
-    evaluations: int = _by_platform(6, 40)
-    num_times: int = _by_platform(1000, 10_000)
-    num_train: int = _by_platform(128, 800)
-    num_validation: int = _by_platform(16, 100)
-    num_test: int = _by_platform(16, 100)
-    stages: int = _by_platform(2, 4)
+    num_steps: int = by_platform(24, 32)
+    evaluations: int = by_platform(6, 40)
+    num_times: int = by_platform(1000, 10_000)
+    num_train: int = by_platform(128, 800)
+    num_validation: int = by_platform(16, 100)
+    num_test: int = by_platform(16, 100)
+    stages: int = by_platform(2, 4)
     warm_start: bool = True
     width: int = 64
     depth: int = 6
-    dtype: Literal["float32", "float64"] = _by_platform("float32", "float64")
+    dtype: Literal["float32", "float64"] = by_platform("float32", "float64")
     out: Path = Path("runs/two_body_hnn")
 
     def reduced(self) -> "Config":

@@ -6,12 +6,12 @@ for tables (`detail`) and, if it was too slow, `expected_seconds`.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from experiments.common.timing import Compiled, compile_ahead, quartiles
+from experiments.common.timing import Compiled, compile_ahead, quartiles, take_turns
 
 
 @dataclasses.dataclass
@@ -82,3 +82,38 @@ def prepare(
             raise
         return too_large("too many Jacobians")
     return Prepared(compiled, value, time.perf_counter() - begin)
+
+
+def take_affordable_turns(
+    prepared: Sequence[Prepared], seconds: float, repeats: int
+) -> None:
+    """Times what was prepared, in turns, as often as there is time, at least once.
+
+    Args:
+        prepared: what to time.
+        seconds: what all calls may take together, as far as first calls show.
+        repeats: calls of each, at most.
+    """
+    if not prepared:
+        return
+    # Each turn is two calls.
+    affordable = int(seconds / (2 * sum(each.seconds for each in prepared)))
+    compiled = [each.compiled for each in prepared]
+    take_turns(compiled, min(max(affordable, 1), repeats))
+
+
+def speed_up(methods: dict[str, dict[str, Any]], name: str, over: str) -> float | str:
+    """How often faster than another method, or in a word why that is not known."""
+    for each in (name, over):
+        if "skipped" in methods[each]:
+            return methods[each]["skipped"]["why"]
+    own, other = (quartiles(methods[each]["seconds"])[1] for each in (name, over))
+    return other / own
+
+
+def describe_time(method: dict[str, Any]) -> str:
+    """Median and quartiles in milliseconds, or why there are none."""
+    if "skipped" in method:
+        return f"left out: {method['skipped']['detail']}"
+    first, median, third = quartiles(method["seconds"])
+    return f"{median:.3g} [{first:.3g}, {third:.3g}]"

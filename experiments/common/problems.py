@@ -45,15 +45,33 @@ class Problem:
         return diffrax.Dopri5()
 
 
+LOTKA_VOLTERRA = (1.1, 0.4, 0.1, 0.4)
+FITZHUGH_NAGUMO = (0.5, 0.7, 0.8, 0.08)
+
+
+def lotka_volterra(t, y, params):
+    """Prey and predators: births, the eaten, what grows from them, and deaths."""
+    del t
+    birth, eaten, grown, death = params
+    return jnp.stack([y[0] * (birth - eaten * y[1]), y[1] * (grown * y[0] - death)])
+
+
+def fitzhugh_nagumo(t, y, params):
+    """A neuron: the current, two parameters of its recovery, and how fast that is."""
+    del t
+    current, offset, slope, rate = params
+    recovery = rate * (y[0] + offset - slope * y[1])
+    return jnp.stack([y[0] - y[0] ** 3 / 3 - y[1] + current, recovery])
+
+
 def _lotka_volterra(t, y, args):
-    del t, args
-    return jnp.stack([y[0] * (1.1 - 0.4 * y[1]), y[1] * (0.1 * y[0] - 0.4)])
+    del args
+    return lotka_volterra(t, y, LOTKA_VOLTERRA)
 
 
 def _fitzhugh_nagumo(t, y, args):
-    del t, args
-    recovery = 0.08 * (y[0] + 0.7 - 0.8 * y[1])
-    return jnp.stack([y[0] - y[0] ** 3 / 3 - y[1] + 0.5, recovery])
+    del args
+    return fitzhugh_nagumo(t, y, FITZHUGH_NAGUMO)
 
 
 def _van_der_pol(mu):

@@ -42,10 +42,15 @@ def compile_ahead(function: Callable, arguments: tuple[Any, ...]) -> Compiled:
 
 
 def take_turns(functions: Iterable[Compiled], repeats: int) -> None:
-    """Times all functions, one call of each after the other."""
+    """Times all functions, one after the other.
+
+    In its turn a function is called twice, and timed the second time: in training it
+    follows itself, and does not find the caches filled by something else.
+    """
     functions = list(functions)
     for _ in tqdm(range(repeats), unit="round", leave=False):
         for function in functions:
+            function.call()
             begin = time.perf_counter()
             function.call()
             function.seconds.append(time.perf_counter() - begin)

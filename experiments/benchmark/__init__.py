@@ -1,0 +1,1 @@
+"""One harness for every claim about speed: `python -m experiments.benchmark`."""

@@ -1,0 +1,101 @@
+"""The settings of the benchmark."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from experiments.benchmark.methods import BASELINE, METHODS, MODES, MethodName
+from experiments.common.command_line import by_platform
+from experiments.common.errors import ExperimentError
+
+GroupName = Literal["mlp", "fits", "hnn", "cnf", "gru", "matched"]
+GROUPS: tuple[GroupName, ...] = ("mlp", "fits", "hnn", "cnf", "gru", "matched")
+ModeName = Literal["forward", "gradient"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures how fast everything is, against diffrax and against what is written by
+    hand.
+
+    Attributes:
+        groups: What to measure. Groups may be measured one by one, each with its own
+            --out, and reported on together.
+        methods: What to compare; recurrent networks have their own.
+        modes: The forward pass alone, or value and gradient of the loss.
+        sizes: Dimension of the state and width of the network, in pairs.
+        batch_sizes: Numbers of initial values; several are solved under `jax.vmap`.
+        steps: Numbers of steps of the multilayer perceptron.
+        fit_steps: Numbers of steps of the fits to 100 observations.
+        repeats: Timed calls of each method, at most; they take turns.
+        cell_seconds: What all timed calls of a cell may take together. At least one is
+            made of each method.
+        most_seconds: All but the baseline is left out where one call is expected to
+            take longer, from the next smaller number of steps.
+        most_gigabytes: What needs more memory is left out.
+        resume: Go on with the interrupted measurement.
+        out: Where to write the results; pictures are written beside them.
+        smoke: Only a quick check that everything runs.
+    """
+
+    groups: tuple[GroupName, ...] = GROUPS
+    methods: tuple[MethodName, ...] = tuple(METHODS)
+    modes: tuple[ModeName, ...] = ("forward", "gradient")
+    sizes: tuple[tuple[int, int], ...] = ((2, 32), (2, 64), (8, 64), (16, 128))
+    batch_sizes: tuple[int, ...] = by_platform((1, 16, 128), (1, 16, 128, 1024))
+    steps: tuple[int, ...] = (32, 128, 512, 2048)
+    fit_steps: tuple[int, ...] = (400, 1000, 2000)
+    repeats: int = 20
+    cell_seconds: float = 20.0
+    most_seconds: float = 8.0
+    most_gigabytes: float = 8.0
+    resume: bool = False
+    out: Path = Path("runs/benchmark/results.json")
+    smoke: bool = False
+
+    def reduced(self) -> "Config":
+        """The same measurement, small enough to take a minute."""
+        return dataclasses.replace(
+            self,
+            modes=self.modes[-1:],
+            sizes=((2, 32),),
+            batch_sizes=(1,),
+            steps=(128,),
+            fit_steps=(400,),
+            repeats=2,
+        )
+
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        for name in ("groups", "methods", "modes", "sizes"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                msg = f"--{name} needs at least one value, and none twice."
+                raise ExperimentError(msg)
+        if BASELINE not in self.methods:
+            msg = f"--methods needs {BASELINE}, with which all others are compared."
+            raise ExperimentError(msg)
+        for dim, width in self.sizes:
+            if min(dim, width) < 1:
+                msg = f"--sizes has {dim} {width}. Choose numbers from 1 on."
+                raise ExperimentError(msg)
+        for name in ("batch_sizes", "steps", "fit_steps"):
+            flag, values = f"--{name.replace('_', '-')}", getattr(self, name)
+            if not values or min(values) < 1 or len(set(values)) < len(values):
+                msg = f"{flag} needs at least one number, from 1 on, and none twice."
+                raise ExperimentError(msg)
+        for count in self.fit_steps:
+            if count % 100:
+                msg = f"--fit-steps has {count}. Choose multiples of 100 observations."
+                raise ExperimentError(msg)
+        if self.repeats < 1:
+            msg = f"--repeats is {self.repeats}. Choose at least 1."
+            raise ExperimentError(msg)
+        for name in ("cell_seconds", "most_seconds", "most_gigabytes"):
+            if not getattr(self, name) > 0:
+                flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+                msg = f"{flag} is {value}. Choose a positive number."
+                raise ExperimentError(msg)
+
+
+__all__ = ["GROUPS", "MODES", "Config", "GroupName", "ModeName"]
