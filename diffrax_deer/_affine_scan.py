@@ -20,6 +20,7 @@ from jax import lax
 from ._causal import shift
 from ._custom_types import State, States, Transition, Transitions
 from ._matrix_functions import matmul, matvec, vecmat
+from ._platform import by_platform
 
 # Traced once, not again on every level of a parallel scan.
 _matmul, _matvec, _vecmat = jax.jit(matmul), jax.jit(matvec), jax.jit(vecmat)
@@ -146,18 +147,16 @@ class PlatformScan(AbstractScan):
 
     def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
         sequential, associative = SequentialScan(), AssociativeScan()
-        return lax.platform_dependent(
-            a,
-            b,
-            cpu=lambda a, b: sequential(a, b, reverse=reverse),
-            default=lambda a, b: associative(a, b, reverse=reverse),
+        return by_platform(
+            lambda: sequential(a, b, reverse=reverse),
+            lambda: associative(a, b, reverse=reverse),
         )
 
     def transposed(self, a: Transitions, c: States) -> States:
         """As for any scan; chosen when compiled."""
         sequential, associative = SequentialScan(), AssociativeScan()
-        return lax.platform_dependent(
-            a, c, cpu=sequential.transposed, default=associative.transposed
+        return by_platform(
+            lambda: sequential.transposed(a, c), lambda: associative.transposed(a, c)
         )
 
 

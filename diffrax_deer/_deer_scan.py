@@ -22,7 +22,6 @@ from ._forward import (
     AbstractForward,
     ParallelForward,
     SequentialForward,
-    by_platform,
 )
 from ._implicit import solve
 from ._linearization import AbstractLinearization, FullJacobian, StepMap
@@ -32,6 +31,7 @@ from ._newton import (
     default_window,
     raise_if_failed,
 )
+from ._platform import by_platform
 from ._predictor import ConstantPredictor
 from ._step_map import ravel, rounding
 

@@ -1,11 +1,9 @@
 """How the forward pass is done: in parallel, by Newton's method, or in sequence."""
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
@@ -85,11 +83,3 @@ class Strategy(eqx.Module):
     """
 
     known: AbstractForward | None = None
-
-
-def by_platform(on_cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
-    """Either result; the choice is made when the program is compiled."""
-    if jax.default_backend() == "cpu":
-        # There is nothing else; it would cost the time to trace it.
-        return on_cpu()
-    return lax.platform_dependent(cpu=on_cpu, default=elsewhere)

@@ -35,7 +35,7 @@ from ._blocks import BlockDiagonalJacobian, Layout
 from ._causal import shift
 from ._checks import check_size
 from ._custom_types import State, States
-from ._forward import AbstractForward, StepByStep
+from ._forward import AbstractForward, SequentialForward, StepByStep
 from ._linearization import StepMap, driven, step_jacobian
 from ._matrix_free import matrix_free_recurrence
 from ._newton import NewtonIteration, Statistics
@@ -241,9 +241,8 @@ def solve(
 
     The states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the `Statistics`; and
     what else the steps yield, of leading axis `time`, or `None`, which it always is
-    with `StepByStep`. Exact derivatives of
-    any order and mode with respect to `y0`, `xs` and all that `step_map` depends on;
-    none with respect to `guess`.
+    with `StepByStep`. Exact derivatives of any order and mode with respect to `y0`,
+    `xs` and all that `step_map` depends on; none with respect to `guess`.
 
     With N steps and D components a derivative holds one array of shape `(N, D, D)` if D
     is at most 16 or the transitions are dense, those of `FullJacobian` or
@@ -268,13 +267,14 @@ def solve(
     x = jax.tree.map(lambda x: x[0], xs)
     # So that all it closes over is an argument, which is differentiated.
     convert = lambda f, *args: f and eqx.filter_closure_convert(f, *args)
+    is_iterative = not isinstance(forward, SequentialForward | StepByStep)
     has_more = not isinstance(forward, StepByStep)
     step_map = StepMap(
         convert(step_map.step, x, y0),
         convert(step_map.increment, x, y0),
         convert(step_map.full, x, y0) if has_more else None,
-        convert(step_map.leap, x, x, y0),
-        convert(step_map.between, x, x, x, y0),
+        convert(step_map.leap, x, x, y0) if is_iterative else None,
+        convert(step_map.between, x, x, x, y0) if is_iterative else None,
         step_map.leaves,
         step_map.is_elementwise,
     )

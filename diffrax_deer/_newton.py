@@ -106,7 +106,9 @@ def raise_if_failed(
     smooth, rest = eqx.partition(tree, eqx.is_inexact_array)
     if not jax.tree.leaves(smooth):
         return tree
-    smooth = eqxi.branched_error_if(smooth, failed, which, messages)
+    # Not the tree itself: it would be copied through the condition.
+    failed = eqxi.branched_error_if(failed, failed, which, messages)
+    smooth = jax.tree.map(lambda x: jnp.where(failed, jnp.nan, x), smooth)
     return eqx.combine(smooth, rest)
 
 

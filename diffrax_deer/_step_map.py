@@ -161,12 +161,7 @@ class SolverStep(eqx.Module):
 
     def step(self, x: Times, y: State) -> State:
         """The state at the end of the step."""
-        tableau = tableau_of(self.solver)
-        if tableau is None or not (self.is_one_field and tableau.is_explicit):
-            return self.full(x, y).y1
-        field = lambda x, t, y: self.product_at(x)(t, y)
-        ks, _ = evaluate_stages(field, None, x, y, tableau=tableau)
-        return y + combine(tableau.b, ks, y)
+        return self.full(x, y).y1
 
     def leap(self, first: Times, last: Times, y: State) -> State:
         """One step over several; NaN where it is by its own estimate of no use."""
@@ -182,8 +177,13 @@ class SolverStep(eqx.Module):
         predicted = ravel(path.evaluate(x[1]))[0]
         return jnp.where(_is_useful(y, result), predicted, jnp.nan)
 
-    def full(self, x: Times, y: State) -> StepResult:
-        """A step, with all that it yields."""
+    def full(self, x: Times, y: State, stages_at_once: bool = False) -> StepResult:
+        """A step, with all that it yields.
+
+        `stages_at_once` if its derivative is to be found from the Jacobians of its
+        stages: the better way to find that of the step, not to apply it once. That of
+        an implicit step always is.
+        """
         tableau = tableau_of(self.solver)
         if tableau is None or not self.is_one_field:
             y1, error, dense_info, result = self._general(x, y)
@@ -192,7 +192,7 @@ class SolverStep(eqx.Module):
         solve = None if tableau.is_explicit else self._implicit_stages
         evaluate = evaluate_stages
         # A large state has no array of shape `(state, state)`.
-        if solve is not None or y.size <= MOST_DIRECT:
+        if solve is not None or (stages_at_once and y.size <= MOST_DIRECT):
             # So that all they close over is an argument, which is differentiated.
             field = eqx.filter_closure_convert(field, x, x[0], y)
             solve = solve and eqx.filter_closure_convert(solve, x, y)

@@ -19,11 +19,11 @@ from ._forward import (
     SequentialForward,
     StepByStep,
     Strategy,
-    by_platform,
 )
 from ._implicit import linearization_points, solve
 from ._linearization import StepMap
 from ._newton import NewtonIteration, Statistics
+from ._platform import by_platform
 from ._quadrature import Partition
 from ._step_map import SolverStep
 
@@ -147,7 +147,7 @@ def _solve_grid(
     leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, z0)))
 
     def full(x, y):
-        result = inner.full(x, y)
+        result = inner.full(x, y, stages_at_once=True)
         return result.y1, result
 
     step_map = StepMap(inner.step, increment, full, inner.leap, inner.between, leaves)

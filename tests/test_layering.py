@@ -16,9 +16,10 @@ _PACKAGE = _ROOT / "diffrax_deer"
 # Each module may import from those before it only.
 _LAYERS = [
     "_custom_types",
+    "_batch",
+    "_platform",
     "_matrix_functions",
     "_causal",
-    "_batch",
     "_affine_scan",
     "_matrix_free",
     "_checks",

@@ -72,7 +72,7 @@ def test_values_and_derivatives_are_those_of_the_step(name, stiffness):
         return jax.jit(all_of_them)(*args), jax.jit(jacobian)(flat)
 
     def own(inner, x, y):
-        result = inner.full(x, y)
+        result = inner.full(x, y, stages_at_once=True)
         return result.y1, result.error, ravel(result.dense_info)[0]
 
     got, expected = at(own), at(_own)

@@ -19,7 +19,7 @@ from diffrax_deer import (
     deer_scan,
 )
 from diffrax_deer._batch import batch_size
-from diffrax_deer._forward import by_platform
+from diffrax_deer._platform import by_platform
 
 from .helpers import relative_error
 
@@ -358,6 +358,30 @@ def test_where_there_is_nothing_but_a_cpu_nothing_else_is_traced():
         raise AssertionError
 
     assert by_platform(lambda: 1, fail) == 1
+
+
+@pytest.mark.parametrize("batch", [4, 40])
+def test_a_program_for_several_platforms(batch, monkeypatch):
+    # As on a machine with an accelerator, where the program may run on the CPU, too.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    weights, y0s = _problem(2)
+    gradient = jax.jit(jax.value_and_grad(_loss()))
+    assert "platform_index" in str(gradient.trace(weights, y0s[:batch]).jaxpr)
+    found = gradient(weights, y0s[:batch])
+    expected = jax.jit(jax.value_and_grad(_loss(SequentialForward())))
+    pairs = zip(found, expected(weights, y0s[:batch]), strict=True)
+    for a, b in pairs:
+        assert relative_error(a, b) < 1e-13
+
+    def step(h, x):
+        h = jnp.tanh(weights @ h + x)
+        return h, h
+
+    scan = lambda scan: lambda h: jnp.sum(scan(step, h, jnp.ones((9, 2)))[1])
+    found, expected = (
+        jax.jit(jax.grad(scan(s)))(y0s[0]) for s in (deer_scan, lax.scan)
+    )
+    assert relative_error(found, expected) < 1e-13
 
 
 def test_under_a_filtered_transformation():
