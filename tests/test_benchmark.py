@@ -270,7 +270,7 @@ def test_goals():
         "over the scheme of the paper at an equal error: the worst": (30.0, True),
         "GRU, over lax.scan: the worst": (4.0, True),
         "GRU, 4 units, 10000 steps, batch 1, over lax.scan": (4.0, True),
-        "CPU time to compile, relative to Dopri5: the worst": (1.5, False),
+        "time to compile, relative to Dopri5: the worst": (1.5, False),
     }
     for title, (value, reached) in expected.items():
         goal, measured = found[title]

@@ -621,7 +621,8 @@ def test_products_of_the_inputs_are_not_in_the_loop(size):
     ]
     xs = jnp.ones((20, 7))
     assert any(7 in shape for shape in operands(lax.scan))
-    for scan in (deer_scan, _parallel):
+    in_sequence = ft.partial(deer_scan, forward=SequentialForward())
+    for scan in (in_sequence, _parallel):
         assert any(size in shape for shape in operands(scan))
         assert not any(7 in shape for shape in operands(scan))
 

@@ -18,6 +18,7 @@ STYLES = (
     {"color": "tab:blue", "linestyle": "--", "linewidth": 2.0},
     {"color": "black", "linestyle": ":", "linewidth": 1.8},
     {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
+    {"color": "tab:red", "linestyle": (0, (4, 1, 1, 1, 1, 1)), "linewidth": 1.4},
 )
 
 
