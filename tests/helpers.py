@@ -56,8 +56,8 @@ forwards: dict[str, AbstractForward] = {
 
 
 def newton_solver(*args: Any, **kwargs: Any) -> DEERSolver:
-    """A `DEERSolver` that uses Newton's method wherever it runs."""
-    return DEERSolver(*args, forward=ParallelForward(), **kwargs)
+    """A `DEERSolver` that uses Newton's method, unless told otherwise."""
+    return DEERSolver(*args, **{"forward": ParallelForward()} | kwargs)
 
 
 each_linearization = pytest.mark.parametrize(
