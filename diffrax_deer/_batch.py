@@ -38,3 +38,20 @@ def batch_size(tree: PyTree[Any]) -> Int[Array, ""]:
     """
     arrays = [x for x in jax.tree.leaves(tree) if eqx.is_inexact_array(x)]
     return _counter(1)(lax.stop_gradient(arrays))
+
+
+def by_amount(
+    tree: PyTree[Any],
+    amount: int,
+    most: int,
+    few: Callable[[], Any],
+    many: Callable[[], Any],
+) -> Any:
+    """That of `few` if `amount` times the batch is at most `most`, else that of `many`.
+
+    `amount` is that of one sample; the batch is that of `tree`. Both are traced, unless
+    one sample is too much, and one is compiled.
+    """
+    if amount > most:
+        return many()
+    return lax.cond(batch_size(tree) * amount <= most, few, many)

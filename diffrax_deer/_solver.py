@@ -120,12 +120,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     **Cost** of N steps and a state of D real components, with Newton's method: a third
     of the steps in sequence for the prediction, where there is no guess; then each
-    iteration `window`
-    steps, their transitions and one scan, in memory O(`window` D²). The gradient costs
-    one more such iteration, whatever their number, with memory O(N D²). Without dense
-    transitions, and D above 16, memory is O(N D), and the gradient costs about as many
-    products with Jacobians as there were iterations. In sequence: N steps, and for the
-    gradient either that or N steps and their VJP once more, with memory O(N D).
+    iteration `window` steps, their transitions and one scan, in memory O(`window` D²).
+    The gradient costs one more such iteration, whatever their number, with memory
+    O(N D²). Without dense transitions, and D above 16, memory is O(N D), and the
+    gradient costs about as many products with Jacobians as there were iterations. In
+    sequence: N steps, and for the gradient either that or N steps and their VJP once
+    more, with memory O(N D).
 
     ??? cite "Reference"
 

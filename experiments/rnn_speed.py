@@ -28,7 +28,7 @@ from experiments.common.affordable import (
     too_slow,
 )
 from experiments.common.command_line import run
-from experiments.common.errors import ExperimentError
+from experiments.common.errors import check_limits, check_lists
 from experiments.common.heat_map import Entry, draw_heat_maps
 from experiments.common.progress import Progress
 from experiments.common.recurrent import (
@@ -93,19 +93,8 @@ class Config:
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        for name in ("dims", "lengths", "batch_sizes"):
-            flag, values = f"--{name.replace('_', '-')}", getattr(self, name)
-            if not values or min(values) < 1 or len(set(values)) < len(values):
-                msg = f"{flag} needs at least one number, from 1 on, and none twice."
-                raise ExperimentError(msg)
-        if self.repeats < 1:
-            msg = f"--repeats is {self.repeats}. Choose at least 1."
-            raise ExperimentError(msg)
-        for name in ("cell_seconds", "most_seconds", "most_gigabytes"):
-            if not getattr(self, name) > 0:
-                flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-                msg = f"{flag} is {value}. Choose a positive number."
-                raise ExperimentError(msg)
+        check_lists(self, "dims", "lengths", "batch_sizes")
+        check_limits(self, "cell_seconds", "most_seconds", "most_gigabytes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from experiments.benchmark.methods import BASELINE, METHODS, MODES, MethodName
 from experiments.common.command_line import by_platform
-from experiments.common.errors import ExperimentError
+from experiments.common.errors import ExperimentError, check_limits, check_lists
 
 GroupName = Literal["mlp", "fits", "hnn", "cnf", "gru", "matched"]
 GROUPS: tuple[GroupName, ...] = ("mlp", "fits", "hnn", "cnf", "gru", "matched")
@@ -79,23 +79,12 @@ class Config:
             if min(dim, width) < 1:
                 msg = f"--sizes has {dim} {width}. Choose numbers from 1 on."
                 raise ExperimentError(msg)
-        for name in ("batch_sizes", "steps", "fit_steps"):
-            flag, values = f"--{name.replace('_', '-')}", getattr(self, name)
-            if not values or min(values) < 1 or len(set(values)) < len(values):
-                msg = f"{flag} needs at least one number, from 1 on, and none twice."
-                raise ExperimentError(msg)
+        check_lists(self, "batch_sizes", "steps", "fit_steps")
         for count in self.fit_steps:
             if count % 100:
                 msg = f"--fit-steps has {count}. Choose multiples of 100 observations."
                 raise ExperimentError(msg)
-        if self.repeats < 1:
-            msg = f"--repeats is {self.repeats}. Choose at least 1."
-            raise ExperimentError(msg)
-        for name in ("cell_seconds", "most_seconds", "most_gigabytes"):
-            if not getattr(self, name) > 0:
-                flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-                msg = f"{flag} is {value}. Choose a positive number."
-                raise ExperimentError(msg)
+        check_limits(self, "cell_seconds", "most_seconds", "most_gigabytes")
 
 
 __all__ = ["GROUPS", "MODES", "Config", "GroupName", "ModeName"]
