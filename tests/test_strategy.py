@@ -359,10 +359,19 @@ def test_where_there_is_nothing_but_a_cpu_nothing_else_is_traced():
     assert by_platform(lambda: 1, fail) == 1
 
 
-@pytest.mark.parametrize("batch", [4, 40])
-def test_a_program_for_several_platforms(batch, monkeypatch):
-    # As on a machine with an accelerator, where the program may run on the CPU, too.
+@pytest.fixture
+def accelerated(monkeypatch):
+    """As on a machine with an accelerator, where programs may run on the CPU, too."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # What was traced before knows nothing of it, and nothing of it may be left.
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("batch", [4, 40])
+def test_a_program_for_several_platforms(batch):
     weights, y0s = _problem(2)
     gradient = jax.jit(jax.value_and_grad(_loss()))
     assert "platform_index" in str(gradient.trace(weights, y0s[:batch]).jaxpr)
