@@ -21,11 +21,15 @@ from experiments.common.errors import ExperimentError
 from experiments.common.results import format_table, head, report
 from experiments.common.timing import compile_and_time, quartiles
 
+_NEWTON = DEERSolver(forward=ParallelForward())
+_DEFAULT = diffrax.RecursiveCheckpointAdjoint()
 # Solver and adjoint. The first is what the others are compared with.
 _METHODS = {
-    "deer, default adjoint": (DEERSolver, diffrax.RecursiveCheckpointAdjoint),
-    "deer, DEERAdjoint": (DEERSolver, DEERAdjoint),
-    "dopri5, default adjoint": (diffrax.Dopri5, diffrax.RecursiveCheckpointAdjoint),
+    "deer, default adjoint": (DEERSolver(), _DEFAULT),
+    "deer, DEERAdjoint": (DEERSolver(), DEERAdjoint()),
+    "deer, Newton, default adjoint": (_NEWTON, _DEFAULT),
+    "deer, Newton, DEERAdjoint": (_NEWTON, DEERAdjoint()),
+    "dopri5, default adjoint": (diffrax.Dopri5(), _DEFAULT),
 }
 
 
@@ -59,23 +63,24 @@ def make_value_and_grad(method: str, config: Config) -> Any:
     """A mean square over all save times, with its gradient for y0 and mu."""
     ts = jnp.linspace(0.0, 10.0, config.num_save_times)
     solver, adjoint = _METHODS[method]
-    parallel = solver is DEERSolver
-    grid = jnp.linspace(0.0, 10.0, config.num_steps + 1)
+    controller: Any = WholeInterval()
+    if isinstance(solver, DEERSolver):
+        solver = dataclasses.replace(solver, num_steps=config.num_steps)
+    else:
+        controller = diffrax.StepTo(jnp.linspace(0.0, 10.0, config.num_steps + 1))
 
     def solve(y0, mu):
         ys = diffrax.diffeqsolve(
             diffrax.ODETerm(_van_der_pol),
-            DEERSolver(num_steps=config.num_steps, forward=ParallelForward())
-            if parallel
-            else solver(),
+            solver,
             0.0,
             10.0,
             None,
             y0,
             mu,
             saveat=diffrax.SaveAt(ts=ts),
-            stepsize_controller=WholeInterval() if parallel else diffrax.StepTo(grid),
-            adjoint=adjoint(),
+            stepsize_controller=controller,
+            adjoint=adjoint,
             max_steps=config.num_steps,
         ).ys
         assert ys is not None

@@ -4,9 +4,9 @@ python -m experiments.long_horizon
 
 A multilayer perceptron in D dimensions is fitted to observations along a trajectory of
 many steps, in batches of several sizes. All methods make the same steps of Dopri5, so
-that values and gradients are equal. DEER starts warm, as in training: from the solution
-for the parameters before the last step of Adam. In single precision, as neural ODEs are
-trained.
+that values and gradients are equal. Newton's method starts without a guess, and warm,
+as in training: from the solution for the parameters before the last step of Adam. In
+single precision, as neural ODEs are trained.
 """
 
 import dataclasses
@@ -35,7 +35,14 @@ from experiments.common.results import format_table, head, report
 from experiments.common.timing import compile_and_time, largest_difference, quartiles
 
 _BASELINE = "dopri5"
-_METHODS = ("deer", "deer_cold", "deer_sequential", _BASELINE)
+_FORWARDS = {
+    "deer": None,
+    "deer_newton_warm": ParallelForward(),
+    "deer_newton": ParallelForward(),
+    "deer_sequential": SequentialForward(),
+}
+_METHODS = (*_FORWARDS, _BASELINE)
+_WARM = "deer_newton_warm"
 _LENGTH = 20.0
 
 
@@ -97,9 +104,7 @@ def make_value_and_grad(method: str, config: Config) -> Any:
     solver, adjoint = diffrax.Dopri5(), diffrax.RecursiveCheckpointAdjoint()
     controller: Any = diffrax.StepTo(grid)
     if method != _BASELINE:
-        in_sequence = method == "deer_sequential"
-        forward = SequentialForward() if in_sequence else ParallelForward()
-        solver = DEERSolver(num_steps=config.num_steps, forward=forward)
+        solver = DEERSolver(num_steps=config.num_steps, forward=_FORWARDS[method])
         controller, adjoint = WholeInterval(), DEERAdjoint()
 
     def solve(y0, model, state):
@@ -115,7 +120,7 @@ def make_value_and_grad(method: str, config: Config) -> Any:
             stepsize_controller=controller,
             adjoint=adjoint,
             max_steps=config.num_steps,
-            solver_state=state if method == "deer" else None,
+            solver_state=state if method == _WARM else None,
         )
         return solution.ys, solution.solver_state
 
@@ -136,7 +141,7 @@ def measure_cell(dim: int, batch_size: int, config: Config) -> dict[str, Any]:
     )
     cold: WindowState = jax.vmap(init)(y0s)
     functions = {name: make_value_and_grad(name, config) for name in _METHODS}
-    (_, warm), gradient = functions["deer"](model, y0s, cold)
+    (_, warm), gradient = functions[_WARM](model, y0s, cold)
     optimizer = optax.adam(config.learning_rate)
     params = eqx.filter(model, eqx.is_array)
     updates, _ = optimizer.update(gradient, optimizer.init(params))
@@ -168,10 +173,10 @@ def table(results: dict[str, Any]) -> str:
             own = quartiles(methods[name]["seconds"])
             row.append(f"{own[1]:.1f} [{own[0]:.1f}, {own[2]:.1f}]")
             row.append(f"{median / own[1]:.1f}×")
-        row.append(f"{methods['deer']['num_iterations']:.1f}")
+        row.append(f"{methods[_WARM]['num_iterations']:.1f}")
         rows.append(row)
     head = ["D", "batch", "Dopri5 (ms)"]
-    for name in ("warm", "cold", "in sequence"):
+    for name in ("deer", "Newton, warm", "Newton", "in sequence"):
         head += [f"{name} (ms)", "speed-up"]
     return format_table((*head, "iterations, warm"), rows)
 

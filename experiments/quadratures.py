@@ -32,7 +32,13 @@ from experiments.common.flow import DURATION, ConcatSquash, Flow
 from experiments.common.results import format_table, head, report
 from experiments.common.timing import compile_and_time, largest_difference, quartiles
 
-_METHODS = ("deer", "deer, constant guess", "deer in sequence")
+_CONSTANT = "deer, Newton, constant guess"
+_FORWARDS = {
+    "deer": None,
+    "deer, Newton": ParallelForward(),
+    _CONSTANT: ParallelForward(),
+    "deer in sequence": SequentialForward(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +69,20 @@ def make_value_and_grad(method: str, num_steps: int, coupled: bool) -> Any:
 
     If `coupled`, there is a dataflow from the log-density to everything.
     """
-    solver = DEERSolver(
-        num_steps=num_steps,
-        forward=SequentialForward() if "sequence" in method else ParallelForward(),
-        predictor=ConstantPredictor() if "constant" in method else None,
-    )
-    options = {
-        "solver": solver,
-        "stepsize_controller": WholeInterval(),
-        "adjoint": DEERAdjoint(),
-    }
     if method == "dopri5":
         grid = jnp.linspace(DURATION, 0.0, num_steps + 1)
         options = {
             "solver": diffrax.Dopri5(),
             "stepsize_controller": diffrax.StepTo(grid),
+        }
+    else:
+        predictor = ConstantPredictor() if method == _CONSTANT else None
+        options = {
+            "solver": DEERSolver(
+                num_steps=num_steps, forward=_FORWARDS[method], predictor=predictor
+            ),
+            "stepsize_controller": WholeInterval(),
+            "adjoint": DEERAdjoint(),
         }
 
     def field(t, state, flow):
@@ -109,7 +114,7 @@ def measure_cell(batch_size: int, config: Config) -> dict[str, Any]:
     flow = jax.tree.map(lambda x: config.scale * x if eqx.is_array(x) else x, flow)
     xs = jr.normal(point_key, (batch_size, 2), jnp.float32)
     functions = {}
-    for name in _METHODS:
+    for name in _FORWARDS:
         for coupled in (False, True):
             function = make_value_and_grad(name, config.num_steps, coupled)
             functions[f"{name}: whole" if coupled else name] = function, (flow, xs)
@@ -130,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
     for cell in results["cells"]:
         methods = cell["methods"]
         _, dopri5, _ = quartiles(methods["dopri5"]["seconds"])
-        for name in _METHODS:
+        for name in _FORWARDS:
             part, whole = (
                 quartiles(methods[key]["seconds"]) for key in (name, f"{name}: whole")
             )

@@ -80,8 +80,8 @@ class Config(TrainingConfig):
         num_validation: Number of trajectories for validation.
         num_test: Number of trajectories for the test.
         stages: Number of horizons, the longest included; a step is compiled for each.
-        warm_start: Whether DEER begins with the trajectory that the sample had when it
-            was last seen, or with a prediction.
+        warm_start: Whether Newton's method begins with the trajectory that the sample
+            had when it was last seen, or with a prediction.
         width: Width of the hidden layers of the energy.
         depth: Number of them.
         dtype: Precision of everything but the data, which is exact in float64.
@@ -230,9 +230,9 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
 
     def make_run(name: SolverName) -> Run:
         options_for = functools.partial(config.solve_options, name)
-        # Only the parallel solve has a use for a guess.
+        # Only Newton's method has a use for a guess.
         memory = None
-        if name == "deer" and config.warm_start:
+        if name == "deer_newton" and config.warm_start:
             solver, term = (
                 options_for(config.num_times)["solver"],
                 diffrax.ODETerm(model),

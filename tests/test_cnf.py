@@ -215,7 +215,7 @@ def test_loss_with_estimated_traces():
 
 
 # 300 points are one and a half parts of what is solved at once.
-@pytest.mark.parametrize(("solver", "number"), [("deer", 20), ("dopri5", 300)])
+@pytest.mark.parametrize(("solver", "number"), [("deer_newton", 20), ("dopri5", 300)])
 def test_evaluation(solver, number):
     flow, options, points = _flow(), _OPTIONS[solver], load("two_moons").test[:number]
     state = init_state(flow, optax.sgd(1.0), jr.key(0))
@@ -224,7 +224,7 @@ def test_evaluation(solver, number):
     assert found["nll"] == pytest.approx(expected, abs=1e-5)
     assert 0 < found["solve_error"] < 1e-5
     assert 0 < found["round_trip_error"] < 1e-4
-    assert (found["num_iterations"] is not None) == (solver == "deer")
+    assert (found["num_iterations"] is not None) == (solver == "deer_newton")
 
 
 # The experiment

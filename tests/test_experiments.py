@@ -274,7 +274,7 @@ def test_count_of_evaluations(name):
 
 
 def test_count_of_deer():
-    options = solve_options(rtol=1e-5, atol=1e-5, num_steps=10)["deer"]
+    options = solve_options(rtol=1e-5, atol=1e-5, num_steps=10)["deer_newton"]
     term = diffrax.ODETerm(lambda t, y, args: jnp.sin(10 * t) - y**2)
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
     solution = diffrax.diffeqsolve(

@@ -134,11 +134,11 @@ def test_orbits_turn_with_gravity():
     y0 = two_body.initial_states(1, np.random.default_rng(0))
     ts = np.linspace(0, 10, 21)[1:]
     field: Any = two_body.gravity
-    names: tuple[SolverName, ...] = ("deer", "dopri5", "tsit5")
+    names: tuple[SolverName, ...] = ("deer_newton", "dopri5", "tsit5")
     for name in names:
         options = _SMALL.solve_options(name, 20)
         ys = solve(field, jnp.asarray(y0[0]), jnp.asarray(ts), **options).ys
-        tolerance = 1e-5 if name == "deer" else 1e-8
+        tolerance = 1e-5 if name == "deer_newton" else 1e-8
         np.testing.assert_allclose(ys, two_body.integrate(y0, ts)[0], atol=tolerance)
 
 
@@ -153,7 +153,7 @@ def _loss_fn(name: SolverName) -> Any:
 def _problem(num_times: int = 20) -> tuple[Any, Any, Any]:
     """A memory of four samples that knows nothing, and a batch of two of them."""
     y0 = jnp.asarray(two_body.initial_states(4, np.random.default_rng(0)))
-    solver = _SMALL.solve_options("deer", 20)["solver"]
+    solver = _SMALL.solve_options("deer_newton", 20)["solver"]
     memory = warm_start.cold(solver, diffrax.ODETerm(_model()), 10.0, y0)
     indices = jnp.array([2, 0])
     return memory, y0, (indices, y0[indices], jnp.zeros((2, num_times, 8)))
@@ -169,15 +169,15 @@ def test_all_solvers_give_the_same_loss_and_gradient():
         (value, memory), gradient = eqx.filter_jit(loss)(
             _model(), memory, batch, jr.key(0)
         )
-        assert (memory is None) == (name != "deer")
+        assert (memory is None) == (name != "deer_newton")
         return value, gradient
 
     value, gradient = differentiate("tsit5", None)
     size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
     assert size > 0.1
-    names: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5")
+    names: tuple[SolverName, ...] = ("deer", "deer_newton", "deer_sequential", "dopri5")
     for name in names:
-        other = differentiate(name, memory if name == "deer" else None)
+        other = differentiate(name, memory if name == "deer_newton" else None)
         np.testing.assert_allclose(other[0], value, rtol=1e-7)
         close = functools.partial(np.testing.assert_allclose, atol=1e-6 * size)
         jax.tree.map(close, other[1], gradient)
@@ -186,7 +186,7 @@ def test_all_solvers_give_the_same_loss_and_gradient():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_trajectories_are_kept_while_the_horizon_grows():
-    loss = eqx.filter_jit(_loss_fn("deer"))
+    loss = eqx.filter_jit(_loss_fn("deer_newton"))
     memory, _, batch = _problem()
     assert warm_start.mean_iterations(memory) is None
     assert warm_start.mean_iterations(None) is None
@@ -225,7 +225,7 @@ def test_horizon_grows_in_stages():
     lengths = [config.num_times_at(step) for step in range(10)]
     assert lengths == [10, 10, 10, 20, 20, 30, 30, 30, 40, 40]
     assert [
-        config.solve_options("deer", length)["solver"].num_steps
+        config.solve_options("deer_newton", length)["solver"].num_steps
         for length in (10, 20, 40)
     ] == [12, 24, 48]
 
@@ -253,7 +253,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 @pytest.mark.slow
 def test_smoke(tmp_path):
-    out, names = tmp_path / "run", ("deer", "tsit5")
+    out, names = tmp_path / "run", ("deer_newton", "tsit5")
     arguments = ("--smoke", "--solver", *names, "--out", out, "--data-dir", tmp_path)
     finished = execute(_MODULE, *arguments)
     assert finished.returncode == 0, finished.stderr
@@ -284,7 +284,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     check_resumption(
         _MODULE,
         tmp_path,
-        *("--solver", "deer", "--steps", "200", "--evaluations", "100"),
+        *("--solver", "deer_newton", "--steps", "200", "--evaluations", "100"),
         *("--num-steps", "8", "--num-times", "8", "--batch-size", "2", "--width", "4"),
         *("--depth", "1", "--num-train", "4", "--num-test", "2"),
         *("--num-validation", "2", "--data-dir", tmp_path, "--stages", "2"),

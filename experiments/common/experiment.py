@@ -17,7 +17,7 @@ from experiments.common.errors import ExperimentError
 from experiments.common.plotting import plot_training
 from experiments.common.results import Metric, collect_results, comparison_table
 from experiments.common.run_folder import RunFolder, Start
-from experiments.common.solvers import SolverName
+from experiments.common.solvers import SOLVERS, SolverName
 from experiments.common.training import Run, train
 
 # They do not change the outcome, so that a run may be resumed with others.
@@ -71,7 +71,7 @@ class TrainingConfig(BaseConfig):
         num_steps: Number of time steps that DEER solves for at once.
     """
 
-    solver: tuple[SolverName, ...] = ("deer", "deer_sequential", "dopri5", "tsit5")
+    solver: tuple[SolverName, ...] = SOLVERS
     rtol: float = 1e-5
     atol: float = 1e-5
     num_steps: int = 4

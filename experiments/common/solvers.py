@@ -15,7 +15,14 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-SolverName = Literal["deer", "deer_sequential", "dopri5", "tsit5"]
+SolverName = Literal["deer", "deer_newton", "deer_sequential", "dopri5", "tsit5"]
+SOLVERS: tuple[SolverName, ...] = (
+    "deer",
+    "deer_newton",
+    "deer_sequential",
+    "dopri5",
+    "tsit5",
+)
 
 
 def solve_options(
@@ -29,12 +36,15 @@ def solve_options(
         num_steps: number of steps of Dopri5 into which DEER divides the interval.
     """
     adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
-    whole = {"stepsize_controller": WholeInterval(), "adjoint": DEERAdjoint()}
-    deer = DEERSolver(num_steps=num_steps, forward=ParallelForward())
-    sequential = DEERSolver(num_steps=num_steps, forward=SequentialForward())
+    deer = lambda forward: {
+        "solver": DEERSolver(num_steps=num_steps, forward=forward),
+        "stepsize_controller": WholeInterval(),
+        "adjoint": DEERAdjoint(),
+    }
     return {
-        "deer": {"solver": deer, **whole},
-        "deer_sequential": {"solver": sequential, **whole},
+        "deer": deer(None),
+        "deer_newton": deer(ParallelForward()),
+        "deer_sequential": deer(SequentialForward()),
         "dopri5": {"solver": diffrax.Dopri5(), "stepsize_controller": adaptive},
         "tsit5": {"solver": diffrax.Tsit5(), "stepsize_controller": adaptive},
     }
