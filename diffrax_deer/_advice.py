@@ -5,7 +5,7 @@ import textwrap
 import diffrax
 import equinox as eqx
 
-from ._forward import SequentialForward
+from ._forward import ParallelForward
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
 from ._solver import DEERSolver
 
@@ -60,9 +60,10 @@ class Advice(eqx.Module):
     - `work_ratio`, `depth_ratio`: of value and gradient from a warm start, all that is
         computed and what has to wait for something else.
     - `speedup_forward`: of a solve from a cold start, without gradient.
-    - `speedup_gradient`: of value and gradient from a warm start, as in training.
-    - `speedup_sequential_forward`: of value and gradient with `SequentialForward()`;
+    - `speedup_gradient`: of value and gradient from a warm start, as in training;
         `None`, too, where the Jacobians of all steps are more than memory holds.
+    - `speedup_sequential_forward`: of value and gradient with the steps in sequence,
+        as `DEERSolver` makes them on a CPU by default.
     """
 
     solver: diffrax.AbstractSolver
@@ -90,7 +91,7 @@ class Advice(eqx.Module):
     depth_ratio: float | None
     speedup_forward: float | None
     speedup_gradient: float | None
-    speedup_sequential_forward: float | None
+    speedup_sequential_forward: float
 
     @property
     def lyapunov_times(self) -> float:
@@ -162,7 +163,7 @@ def _what(advice: Advice) -> str:
         f"To train, use {_call(solver)} with the stepsize controller {grid} and "
         "adjoint=DEERAdjoint()"
     )
-    if not isinstance(solver.forward, SequentialForward):
+    if isinstance(solver.forward, ParallelForward):
         text += (
             ", and pass on sol.solver_state, saved with SaveAt(solver_state=True), as "
             "the guess of the next training step"
@@ -239,11 +240,10 @@ def _predicted(advice: Advice) -> str:
             f"{_digit(advice.work_ratio)}x the work and "
             f"{_digit(advice.depth_ratio)}x the depth; "
         )
-    if advice.speedup_sequential_forward is not None:
-        text += f"SequentialForward {_factor(advice.speedup_sequential_forward)}"
-    if text and advice.platform != "cpu":
+    text += f"steps in sequence {_factor(advice.speedup_sequential_forward)}"
+    if advice.platform != "cpu":
         text += " (the latencies of this platform were guessed, not measured)"
-    return text or "no gradient in parallel: its Jacobians do not fit in memory"
+    return text
 
 
 def _rows(advice: Advice) -> list[tuple[str, str]]:

@@ -133,7 +133,7 @@ def advise(
     suits_one_only = _num_windows(grid) > 1 and warm is None
     if solve.num_steps >= FEW_STEPS and not suits_one_only:
         newton = None if chaotic else prediction.speedup_gradient
-        best = _best(deer, newton, prediction.speedup_sequential_forward)
+        best = _best(deer, newton, prediction.speedup_sequential_forward, model)
     pid = diffrax.PIDController(rtol=rtol, atol=atol)
     return Advice(
         solver=solve.solver if best is None else best,
@@ -281,12 +281,12 @@ def _iterations(
 
 
 def _best(
-    deer: DEERSolver, newton: float | None, in_sequence: float | None
+    deer: DEERSolver, newton: float | None, in_sequence: float, model: CostModel
 ) -> DEERSolver | None:
     """The solver of the largest speed-up; `None` if none is worth it."""
-    options = [(newton, deer)]
-    if in_sequence is not None:
-        sequential = dataclasses.replace(deer, forward=SequentialForward())
-        options.append((in_sequence, sequential))
+    # On a CPU that is what is done by default.
+    forward = None if model.platform == "cpu" else SequentialForward()
+    sequential = dataclasses.replace(deer, forward=forward)
+    options = [(newton, deer), (in_sequence, sequential)]
     speedup, best = max(options, key=lambda option: option[0] or 0.0)
     return best if (speedup or 0.0) >= _WORTH_IT else None

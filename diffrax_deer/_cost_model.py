@@ -11,9 +11,10 @@ parallel, B samples, which cost no depth, and e the work of one evaluation:
 | its value and gradient | 20 c N S | 6 S e + more D |
 | one Newton iteration | i + scan | S e + transition + scan |
 | the guess of a cold start | a third of the steps in sequence | a third of theirs |
-| `SequentialForward` | c M times 2, or S if implicit | S e |
+| the steps in sequence | c M times 2, or S if implicit | S e |
 | gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
 | the same without Jacobians, each sweep | i + scan | 3 S e + scan |
+| the same from step to step | twice that of the steps | 6/5 S e |
 
 The latencies c and i are properties of the device, and so are the operations done in a
 microsecond. Memory traffic counts as 60 operations for every number written. A scan of
@@ -38,6 +39,7 @@ from ._linearization import (
     PiecewiseConstant,
 )
 from ._predictor import CoarsePredictor
+from ._trajectory import MOST_ON_CPU
 
 _TRAFFIC = 60
 # Beside the field: error estimate, controller, and in a gradient the checkpoints.
@@ -46,6 +48,8 @@ _PRODUCTS_OF_EXPM = 8
 # A small matrix is factorized for about as long, whatever its size.
 _LINEAR_SOLVE = 12_500
 _TANGENT = 0.4
+# XLA makes one loop of a step and its derivative, with less between them than diffrax.
+_STEP_BY_STEP = 1.2
 # Where nobody counted them.
 _MANY_SWEEPS = 30
 
@@ -166,7 +170,7 @@ class CostModel(eqx.Module):
         return Effort(part * whole.depth, part * whole.work)
 
     def in_sequence(self) -> Effort:
-        """The forward solve by `SequentialForward`."""
+        """The forward solve, one step after the other."""
         depth = self._device.evaluation * (self.stages if self.implicit else 2)
         return self._effort(depth * self.grid_steps, self.grid_steps, self._step)
 
@@ -188,8 +192,19 @@ class CostModel(eqx.Module):
         work += self._step * (3 if self.implicit else 5 + 2 * self.state_size)
         return self._effort(depth, self.grid_steps, work)
 
+    def step_by_step(self) -> Effort:
+        """What the gradient adds that goes from step to step, as the steps did."""
+        forward = self.in_sequence()
+        return Effort(2 * forward.depth, _STEP_BY_STEP * forward.work)
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the gradient is parallel where the steps are made in sequence."""
+        few = self.state_size**2 * self.batch_size <= MOST_ON_CPU
+        return few or (self.platform != "cpu" and self.fits())
+
     def fits(self) -> bool:
-        """Whether there is memory for the Jacobians that a gradient needs."""
+        """Whether there is memory for the Jacobians that a parallel gradient needs."""
         entries = self.grid_steps * self.batch_size * self.state_size**2
         return self.is_matrix_free or entries <= MOST_ENTRIES
 
@@ -197,27 +212,24 @@ class CostModel(eqx.Module):
 class Prediction(NamedTuple):
     """Relative to the sequential solver; the fields are those of `Advice`."""
 
+    speedup_sequential_forward: float
     work_ratio: float | None = None
     depth_ratio: float | None = None
     speedup_forward: float | None = None
     speedup_gradient: float | None = None
-    speedup_sequential_forward: float | None = None
 
 
 def predict(model: CostModel, cold: int | None, warm: int | None) -> Prediction:
     """What the model says, given the Newton iterations; `None` where it cannot."""
-    prediction = Prediction()
+    slow = model.sequential_gradient()
+    sweeps = max(cold or _MANY_SWEEPS, 1)
+    gradient = model.gradient(sweeps) if model.is_parallel else model.step_by_step()
+    prediction = Prediction(slow.time / (model.in_sequence() + gradient).time)
     if cold is not None:
         forward = model.newton(cold) + model.guess()
         speedup = model.sequential().time / forward.time
         prediction = prediction._replace(speedup_forward=speedup)
-    if not model.fits():
-        return prediction
-    slow = model.sequential_gradient()
-    sweeps = max(cold or _MANY_SWEEPS, 1)
-    fast = model.in_sequence() + model.gradient(sweeps)
-    prediction = prediction._replace(speedup_sequential_forward=slow.time / fast.time)
-    if warm is None:
+    if warm is None or not model.fits():
         return prediction
     fast = model.newton(warm) + model.gradient(sweeps)
     return prediction._replace(

@@ -30,7 +30,7 @@ from ._step_map import SolverStep
 # gradient is faster on a CPU; beyond that it fills the cores with more work than the
 # sequential one has. For perceptrons of 2 to 8 components, 128 steps and batches of 1
 # to 128, on two cores.
-_MOST_ON_CPU = 128
+MOST_ON_CPU = 128
 
 
 class Trajectory(eqx.Module):
@@ -114,7 +114,7 @@ def _fastest(
     def on_cpu():
         forward = SequentialForward() if known is None else known
         few, many = lambda: find(forward), lambda: find(StepByStep(forward))
-        return by_amount(arguments, num_entries, _MOST_ON_CPU, few, many)
+        return by_amount(arguments, num_entries, MOST_ON_CPU, few, many)
 
     def elsewhere():
         if num_entries * num_steps > MOST_ENTRIES:

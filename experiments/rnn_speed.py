@@ -213,12 +213,15 @@ def _speed_up(cell: dict[str, Any], method: str) -> Entry:
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """The figure: one panel for every method, mode and batch size."""
-    config = results["config"]
+    batch_sizes, lengths, dims = (
+        sorted({cell[key] for cell in results["cells"]})
+        for key in ("batch_size", "num_steps", "dim")
+    )
     panels = []
     for method in _COMPARED:
         row = []
         for mode in MODES:
-            for batch_size in config["batch_sizes"]:
+            for batch_size in batch_sizes:
                 entries = {
                     (f"{cell['num_steps']:g}", cell["dim"]): _speed_up(cell, method)
                     for cell in results["cells"]
@@ -227,9 +230,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
                 title = f"{LABELS[method]}, batch {batch_size}\n{MODES[mode]}"
                 row.append((title, entries))
         panels.append(row)
-    columns = [f"{length:g}" for length in sorted(config["lengths"])]
+    columns = [f"{length:g}" for length in lengths]
     labels = "steps", "units", f"times as fast as {LABELS[BASELINE]}"
-    draw_heat_maps(path, panels, columns, sorted(config["dims"]), labels)
+    draw_heat_maps(path, panels, columns, dims, labels)
 
 
 def gradients_of(results: dict[str, Any], num_steps: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One cell: all its methods compiled, compared and timed in turns."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -183,7 +184,9 @@ def measure(
             baseline, target = found.value, entries[name]["error"]
         elif baseline is not None:
             entries[name] |= _compare(found.value, baseline)
-    take_affordable_turns(list(prepared.values()), config.cell_seconds, config.repeats)
+    # What is claimed rests on the headlines: all repeats, however long they take.
+    limit = math.inf if is_headline(cell) else config.cell_seconds
+    take_affordable_turns(list(prepared.values()), limit, config.repeats)
     for name, each in prepared.items():
         entries[name]["seconds"] = each.compiled.seconds
     return cell | {"methods": entries}

@@ -243,10 +243,12 @@ def draw_work_precision(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Both pictures, beside the results at `path`."""
+    """The pictures of what was measured, beside the results at `path`."""
     cells = cells_of(results)
     draw_speed_ups(path.with_suffix(".png"), cells)
     draw_work_precision(path.with_name(f"{path.stem}_work_precision.png"), cells)
+    if recurrent := select(cells, workload="gru"):
+        rnn_speed.draw(path.with_name(f"{path.stem}_gru.png"), {"cells": recurrent})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Config:
         steps: Numbers of steps of the multilayer perceptron.
         fit_steps: Numbers of steps of the fits to 100 observations.
         repeats: Timed calls of each method, at most; they take turns.
-        cell_seconds: What all timed calls of a cell may take together. At least one is
-            made of each method.
+        cell_seconds: What all timed calls of a cell may take together, the headlines
+            apart. At least one is made of each method.
         most_seconds: All but the baseline is left out where one call is expected to
             take longer, from the next smaller number of steps.
         most_gigabytes: What needs more memory is left out.

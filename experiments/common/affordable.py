@@ -97,9 +97,9 @@ def take_affordable_turns(
     if not prepared:
         return
     # Each turn is two calls.
-    affordable = int(seconds / (2 * sum(each.seconds for each in prepared)))
+    affordable = seconds / (2 * sum(each.seconds for each in prepared))
     compiled = [each.compiled for each in prepared]
-    take_turns(compiled, min(max(affordable, 1), repeats))
+    take_turns(compiled, int(min(max(affordable, 1), repeats)))
 
 
 def speed_up(methods: dict[str, dict[str, Any]], name: str, over: str) -> float | str:
