@@ -11,10 +11,10 @@ parallel, B samples, which cost no depth, and e the work of one evaluation:
 | its value and gradient | 20 c N S | 6 S e + more D |
 | one Newton iteration | i + scan | S e + transition + scan |
 | the guess of a cold start | a third of the steps in sequence | a third of theirs |
-| the steps in sequence | c M times 2, or S if implicit | S e |
+| the steps in sequence | c M, times S if implicit | S e |
 | gradient of `DEERAdjoint` | 6 i + scan | (5 + 2 D) S e + scan, 3 S e if implicit |
 | the same without Jacobians, each sweep | i + scan | 3 S e + scan |
-| the same from step to step | twice that of the steps | 6/5 S e |
+| the same from step to step | twice that of the steps | 6/5 S e + some D |
 
 The latencies c and i are properties of the device, and so are the operations done in a
 microsecond. Memory traffic counts as 60 operations for every number written. A scan of
@@ -44,12 +44,12 @@ from ._trajectory import MOST_ON_CPU
 _TRAFFIC = 60
 # Beside the field: error estimate, controller, and in a gradient the checkpoints.
 _BOOKKEEPING, _BOOKKEEPING_OF_GRADIENT = 1500, 12_000
+# XLA makes one loop of a step and its derivative, with less between them than diffrax.
+_BOOKKEEPING_STEP_BY_STEP = 2000
 _PRODUCTS_OF_EXPM = 8
 # A small matrix is factorized for about as long, whatever its size.
 _LINEAR_SOLVE = 12_500
 _TANGENT = 0.4
-# XLA makes one loop of a step and its derivative, with less between them than diffrax.
-_STEP_BY_STEP = 1.2
 # Where nobody counted them.
 _MANY_SWEEPS = 30
 
@@ -171,8 +171,13 @@ class CostModel(eqx.Module):
 
     def in_sequence(self) -> Effort:
         """The forward solve, one step after the other."""
-        depth = self._device.evaluation * (self.stages if self.implicit else 2)
-        return self._effort(depth * self.grid_steps, self.grid_steps, self._step)
+        return self._effort(self._in_sequence, self.grid_steps, self._step)
+
+    @property
+    def _in_sequence(self) -> float:
+        """Depth of the grid's steps, one after the other."""
+        each = self._device.evaluation * (self.stages if self.implicit else 1)
+        return each * self.grid_steps
 
     @property
     def is_matrix_free(self) -> bool:
@@ -194,8 +199,8 @@ class CostModel(eqx.Module):
 
     def step_by_step(self) -> Effort:
         """What the gradient adds that goes from step to step, as the steps did."""
-        forward = self.in_sequence()
-        return Effort(2 * forward.depth, _STEP_BY_STEP * forward.work)
+        work = 1.2 * self._step + _BOOKKEEPING_STEP_BY_STEP * self.state_size
+        return self._effort(2 * self._in_sequence, self.grid_steps, work)
 
     @property
     def is_parallel(self) -> bool:
