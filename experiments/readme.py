@@ -101,9 +101,11 @@ def _quadratures(results: dict[str, Any]) -> str:
 
 
 def _rnn_speed(results: dict[str, Any]) -> str:
-    config = results["config"]
-    table = rnn_speed.table(rnn_speed.gradients_of(results, num_steps=10_000))
-    return _measured(table, f"at most {config['repeats']} repeats", results)
+    recurrent = results["gru"]
+    table = rnn_speed.table(rnn_speed.gradients_of(recurrent, num_steps=10_000))
+    return _measured(
+        table, f"at most {recurrent['config']['repeats']} repeats", recurrent
+    )
 
 
 def _rnn_accuracy(results: dict[str, Any]) -> str:
@@ -131,7 +133,7 @@ def _benchmark(results: dict[str, Any]) -> str:
         for cell in cells
         if cell["mode"] == "gradient" and report.is_headline(cell)
     ]
-    names = ("dopri5", "scan_rk45", "deer", "deer_newton_warm")
+    names = ("dopri5", "dopri5_pid", "scan_rk45", "deer", "deer_newton_warm")
     tables = [report.grid_table(headline, names), report.matched_table(cells)]
     parts = [*tables, report.summary(cells), goals.table(cells)]
     repeats = max(each["config"]["repeats"] for each in results.values())
@@ -154,6 +156,8 @@ def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
     )
 
 
+# Tables of results that have another name.
+_SOURCES = {"rnn_speed": "benchmark"}
 _TABLES = {
     "neural_ode_classifier": _neural_ode_classifier,
     "deer_adjoint": _deer_adjoint,
@@ -183,7 +187,7 @@ def filled_in(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        table = _TABLES[name](_load(name))
+        table = _TABLES[name](_load(_SOURCES.get(name, name)))
         return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
 
     pattern = r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->"
