@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._causal import hold, prefix
 from ._custom_types import State, States
@@ -26,15 +26,19 @@ class AbstractForward(eqx.Module):
         xs: PyTree[Any],
         guess: States,
         iteration: NewtonIteration,
-    ) -> tuple[States, Statistics]:
-        """Solves the recurrence; the result need not be differentiable."""
+    ) -> tuple[States, Statistics, PyTree[Array]]:
+        """Solves the recurrence; the result need not be differentiable.
+
+        Also returns what else the steps have yielded, `step_map.full`, where each of
+        them was made once, and otherwise `None`.
+        """
 
 
 class ParallelForward(AbstractForward):
     """Newton's method over all steps at once."""
 
     def __call__(self, step_map, y0, xs, guess, iteration):
-        return iteration(step_map, y0, xs, guess)
+        return *iteration(step_map, y0, xs, guess), None
 
 
 class SequentialForward(AbstractForward):
@@ -47,10 +51,10 @@ class SequentialForward(AbstractForward):
         del iteration
 
         def step(y, x):
-            y = step_map.step(x, y)
-            return y, y
+            y, more = step_map.evaluate(x, y)
+            return y, (y, more)
 
-        _, ys = lax.scan(step, y0, xs, length=len(guess))
+        _, (ys, more) = lax.scan(step, y0, xs, length=len(guess))
         finite = jnp.all(jnp.isfinite(ys), axis=-1)
         # As after an iteration: a finite trajectory, so that no derivative is NaN.
         num_finite = prefix(finite)
@@ -59,7 +63,7 @@ class SequentialForward(AbstractForward):
             jnp.all(finite), optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
         zero = jnp.zeros((), ys.dtype)
-        return ys, Statistics(jnp.array(0, int), zero, num_finite, result)
+        return ys, Statistics(jnp.array(0, int), zero, num_finite, result), more
 
 
 class StepByStep(AbstractForward):

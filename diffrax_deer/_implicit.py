@@ -66,6 +66,12 @@ def _constant(tree: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(stop, tree)
 
 
+def _where(solved: Bool[Array, " time"], tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree`, leaves of leading axis `time`, zero where a step was not solved."""
+    mask = jax.vmap(lambda s, x: jnp.where(s, x, jnp.zeros_like(x)))
+    return jax.tree.map(ft.partial(mask, solved), tree)
+
+
 def _linear_response(
     product: Callable[[States], States],
     step_map: StepMap,
@@ -102,24 +108,18 @@ def _linear_response(
     return matrix_free_recurrence(product, transitions, inhomogeneity, scan=scan)
 
 
-def _at(
-    step_map: StepMap, xs: PyTree[Any], starts: States
-) -> tuple[States, PyTree[Array]]:
-    """The states after the steps from `starts`, and all else that the steps yield."""
-    if step_map.full is None:
-        return jax.vmap(step_map.step)(xs, starts), None
-    return jax.vmap(step_map.full)(xs, starts)
-
-
 def _tangents_step_by_step(
     step_map: StepMap,
     points: tuple[PyTree[Any], States],
     solved: Bool[Array, " time"],
     tangents: tuple[Any, Any, State],
-) -> States:
-    """The recurrence of the derivative, in sequence and without any Jacobian."""
+) -> tuple[States, PyTree[Any]]:
+    """The recurrence of the derivative, in sequence and without any Jacobian.
+
+    And the derivative of what else the steps yield.
+    """
     step_map_dot, xs_dot, y0_dot = tangents
-    step = lambda step_map, x, y: step_map.step(x, y)
+    step = lambda step_map, x, y: step_map.evaluate(x, y)
 
     # Evaluated again for the derivative: to keep what is inside of the step would cost
     # more memory, and more time to write it down and to read it.
@@ -128,8 +128,8 @@ def _tangents_step_by_step(
         solved, x, x_dot, y = inputs
         y_dot = jnp.where(solved, y_dot, jnp.zeros_like(y_dot))
         tangents = step_map_dot, x_dot, y_dot
-        _, y_dot = eqx.filter_jvp(step, (step_map, x, y), tangents)
-        return y_dot, y_dot
+        _, (y_dot, more_dot) = eqx.filter_jvp(step, (step_map, x, y), tangents)
+        return y_dot, (y_dot, more_dot)
 
     xs, starts = points
     return lax.scan(push, y0_dot, (solved, xs, xs_dot, starts))[1]
@@ -137,29 +137,31 @@ def _tangents_step_by_step(
 
 @eqx.filter_custom_jvp
 def _solve(step_map, y0, xs, *, guess, forward, iteration, idle):
-    ys, statistics = forward(step_map, y0, xs, guess, iteration)
-    points = linearization_points(y0, xs, ys, statistics, idle)
-    return ys, statistics, _at(step_map, *points)[1]
+    ys, statistics, more = forward(step_map, y0, xs, guess, iteration)
+    if more is None:
+        points = linearization_points(y0, xs, ys, statistics, idle)
+        _, more = jax.vmap(step_map.evaluate)(*points)
+    solved = jnp.arange(len(ys)) < statistics.num_solved
+    return ys, statistics, _where(solved, more)
 
 
 @_solve.def_jvp
 def _(primals, tangents, **kwargs):
     step_map, y0, xs = primals
-    ys, statistics, _ = _solve(step_map, y0, xs, **kwargs)
+    ys, statistics, more = _solve(step_map, y0, xs, **kwargs)
     idle, iteration = kwargs["idle"], kwargs["iteration"]
     points = linearization_points(y0, xs, ys, statistics, idle)
     solved = jnp.arange(len(ys)) < statistics.num_solved
-    mask = jax.vmap(lambda s, x: jnp.where(s, x, jnp.zeros_like(x)))
     step_map_dot, y0_dot, xs_dot = tangents
     if idle is not None:
-        xs_dot = jax.tree.map(ft.partial(mask, solved), xs_dot)
+        xs_dot = _where(solved, xs_dot)
     y0_dot = jnp.zeros_like(y0) if y0_dot is None else y0_dot
     if isinstance(kwargs["forward"], StepByStep):
         tangents = step_map_dot, xs_dot, y0_dot
-        ys_dot = _tangents_step_by_step(step_map, points, solved, tangents)
+        ys_dot, more_dot = _tangents_step_by_step(step_map, points, solved, tangents)
         no_tangents = jax.tree.map(lambda _: None, statistics)
-        return (ys, statistics, None), (ys_dot, no_tangents, None)
-    moved = lambda y0_dot, ys_dot: mask(solved, shift(y0_dot, ys_dot))
+        return (ys, statistics, more), (ys_dot, no_tangents, _where(solved, more_dot))
+    moved = lambda y0_dot, ys_dot: _where(solved, shift(y0_dot, ys_dot))
 
     # The steps are evaluated and linearized once, for all that follows.
     drivers_dot = step_map_dot, xs_dot
@@ -167,7 +169,7 @@ def _(primals, tangents, **kwargs):
 
     def steps(drivers, starts):
         step_map, xs = eqx.combine(drivers, fixed)
-        images, more = _at(step_map, xs, starts)
+        images, more = jax.vmap(step_map.evaluate)(xs, starts)
         smooth, rest = eqx.partition(more, eqx.is_inexact_array)
         return (images, smooth), rest
 
@@ -181,14 +183,11 @@ def _(primals, tangents, **kwargs):
         lambda v: product(v)[0], step_map, points, ys, inhomogeneity, iteration
     )
     _, along = product(moved(jnp.zeros_like(y0), ys_dot))
-    tangents_out = (
-        ys_dot,
-        jax.tree.map(lambda _: None, statistics),
-        eqx.combine(
-            jax.tree.map(jnp.add, smooth_dot, along), jax.tree.map(lambda _: None, rest)
-        ),
-    )
-    return (ys, statistics, eqx.combine(smooth, rest)), tangents_out
+    more = _where(solved, eqx.combine(smooth, rest))
+    smooth_dot = _where(solved, jax.tree.map(jnp.add, smooth_dot, along))
+    no_tangents = jax.tree.map(lambda _: None, (statistics, rest))
+    more_dot = eqx.combine(smooth_dot, no_tangents[1])
+    return (ys, statistics, more), (ys_dot, no_tangents[0], more_dot)
 
 
 def _solve_in_blocks(
@@ -240,9 +239,9 @@ def solve(
     **Returns:**
 
     The states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the `Statistics`; and
-    what else the steps yield, of leading axis `time`, or `None`, which it always is
-    with `StepByStep`. Exact derivatives of any order and mode with respect to `y0`,
-    `xs` and all that `step_map` depends on; none with respect to `guess`.
+    what else the steps yield, of leading axis `time`, zero where they were not solved,
+    or `None`. Exact derivatives of any order and mode with respect to
+    `y0`, `xs` and all that `step_map` depends on; none with respect to `guess`.
 
     With N steps and D components a derivative holds one array of shape `(N, D, D)` if D
     is at most 16 or the transitions are dense, those of `FullJacobian` or
@@ -257,7 +256,7 @@ def solve(
         count = jnp.array(0, int), jnp.array(len(guess), int)
         points = xs, jnp.zeros((len(guess), 0), guess.dtype)
         statistics = Statistics(count[0], zero, count[1], optx.RESULTS.successful)
-        return guess, statistics, _at(step_map, *points)[1]
+        return guess, statistics, jax.vmap(step_map.evaluate)(*points)[1]
     if isinstance(iteration.linearization, BlockDiagonalJacobian):
         layout = iteration.linearization.layout(step_map, y0.size)
         if not layout.is_contiguous:
@@ -268,11 +267,10 @@ def solve(
     # So that all it closes over is an argument, which is differentiated.
     convert = lambda f, *args: f and eqx.filter_closure_convert(f, *args)
     is_iterative = not isinstance(forward, SequentialForward | StepByStep)
-    has_more = not isinstance(forward, StepByStep)
     step_map = StepMap(
         convert(step_map.step, x, y0),
         convert(step_map.increment, x, y0),
-        convert(step_map.full, x, y0) if has_more else None,
+        convert(step_map.full, x, y0),
         convert(step_map.leap, x, x, y0) if is_iterative else None,
         convert(step_map.between, x, x, x, y0) if is_iterative else None,
         step_map.leaves,

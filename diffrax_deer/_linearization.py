@@ -73,6 +73,10 @@ class StepMap(eqx.Module):
     )
     is_elementwise: bool = eqx.field(static=True, default=False)
 
+    def evaluate(self, x: PyTree[Any], y: State) -> tuple[State, PyTree[Array]]:
+        """The state after the step, and what else it yields, or `None`."""
+        return (self.step(x, y), None) if self.full is None else self.full(x, y)
+
 
 def value_and_tangents(
     f: VectorField, y: State, directions: Float[Array, "directions state"]

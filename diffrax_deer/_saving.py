@@ -13,11 +13,35 @@ from ._step_map import SolverStep
 from ._windows import Ends, Outcome, Steps
 
 
+def _dense_info(inner: SolverStep, step: Steps) -> DenseInfo:
+    return inner.full((step.t0s, step.t1s), step.y0s).dense_info
+
+
+def _interpolation(
+    inner: SolverStep, step: Steps, info: DenseInfo
+) -> diffrax.AbstractLocalInterpolation:
+    return inner.solver.interpolation_cls(t0=step.t0s, t1=step.t1s, **info)
+
+
 def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterpolation:
     """The inner solver's interpolation of one step, `(1,)` of them."""
-    step = step[0]
-    info = inner.full((step.t0s, step.t1s), step.y0s).dense_info
-    return inner.solver.interpolation_cls(t0=step.t0s, t1=step.t1s, **info)
+    return _interpolation(inner, step[0], _dense_info(inner, step[0]))
+
+
+@eqx.filter_custom_jvp
+def _again(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
+    """What is `known`, found by evaluating the steps again; differentiated as known.
+
+    For a value of few steps: then a loop over all of them has nothing to write down.
+    For the derivative all are linearized in any case.
+    """
+    del known
+    return jax.vmap(lambda step: _dense_info(inner, step))(steps)
+
+
+@_again.def_jvp
+def _(primals, tangents):
+    return primals[0], tangents[0]
 
 
 def interpolate(
@@ -25,14 +49,21 @@ def interpolate(
 ) -> PyTree[Array]:
     """The solution at all of `ts`, leaves of leading axis `times`.
 
-    Evaluates each step once, or once for each time, whichever is less.
+    Evaluates each step once more, or once for each time, whichever is less, if what all
+    of them have yielded is not known or for fewer steps not worth to write down.
     """
-    steps, index = outcome.steps, outcome.index
-    if len(ts) < len(steps.ends):
-        steps, index = steps[index], jnp.arange(len(ts))
+    steps, index, infos = outcome.steps, outcome.index, outcome.dense_infos
+    if few := len(ts) < len(steps.ends):
+        steps, infos = jax.tree.map(lambda x: x[index], (steps, infos))
+        index = jnp.arange(len(ts))
+    if infos is None:
+        infos = jax.vmap(lambda step: _dense_info(inner, step))(steps)
+    elif few:
+        infos = _again(infos, inner, steps)
     # The interpolation itself is looked up, with what it has prepared: fewer numbers
     # than the stages that it is made from.
-    paths = jax.vmap(lambda step: interpolation(inner, step))(steps[:, None])
+    path = lambda step, info: _interpolation(inner, step, info)
+    paths = jax.vmap(path)(steps, infos)
     paths = jax.tree.map(lambda x: x[index], paths)
     return jax.vmap(lambda t, path: path.evaluate(t))(ts, paths)
 

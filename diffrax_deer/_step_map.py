@@ -104,7 +104,7 @@ class StepResult(NamedTuple):
     - `y1`, `(state,)`: the state at its end.
     - `error`, `(state,)`, or `None`: the estimate of its error.
     - `dense_info`: what the solver's interpolation is made from.
-    - `result`: of the solver.
+    - `result`: of the solver; `None` for stages that are explicit, which cannot fail.
     - `stages`: the state at each stage, `(state,)`; none unless it is a Runge-Kutta
         method.
     """
@@ -112,7 +112,7 @@ class StepResult(NamedTuple):
     y1: State
     error: State | None
     dense_info: DenseInfo
-    result: diffrax.RESULTS
+    result: diffrax.RESULTS | None
     stages: list[State]
 
 
@@ -199,7 +199,9 @@ class SolverStep(eqx.Module):
             evaluate = solve_stages
         ks, result = evaluate(field, solve, x, y, tableau=tableau)
         y1, error = y + combine(tableau.b, ks, y), combine(tableau.b_error, ks, y)
-        if not tableau.is_explicit:
+        if tableau.is_explicit:
+            result = None
+        else:
             okay = result == diffrax.RESULTS.successful
             error = jnp.where(okay, error, jnp.inf)
         dense_info = {"y0": self.unravel(y), "y1": self.unravel(y1)}

@@ -62,9 +62,9 @@ class _Recorded(AbstractForward):
     def __call__(self, step_map, y0, xs, guess, iteration):
         recorded = lambda: (guess, self.statistics)
         if self.known is True:
-            return recorded()
-        find = lambda: SequentialForward()(step_map, y0, xs, guess, iteration)
-        return lax.cond(eqxi.unvmap_all(self.known), recorded, find)
+            return *recorded(), None
+        find = lambda: SequentialForward()(step_map, y0, xs, guess, iteration)[:2]
+        return *lax.cond(eqxi.unvmap_all(self.known), recorded, find), None
 
 
 def _attempt(

@@ -88,7 +88,8 @@ def together(
             counts=index + 1,
             kept=index < num_done,
         )
-    return Outcome(new, steps, *steps.locate(windows.save_ts), ends)
+    index, found = steps.locate(windows.save_ts)
+    return Outcome(new, steps, index, found, ends, trajectory.dense_infos)
 
 
 def _step_to_state(controller: Any, carry: Carry, num_done: Array) -> Any:

@@ -134,7 +134,8 @@ def _solve_grid(
     may_be_rejected: bool,
 ) -> tuple[States, Statistics, States | None, PyTree[Array], Bool[Array, " time"]]:
     """The states and all else that there is to say about a `Trajectory`."""
-    if isinstance(forward, StepByStep):
+    by_step = isinstance(forward, StepByStep)
+    if by_step:
         # There is no system to keep small.
         parts = parts.undivided()
     xs, idle = (ts[:-1], ts[1:]), (ts[0], ts[0])
@@ -144,23 +145,21 @@ def _solve_grid(
     leaves = tuple(jax.tree.leaves(jax.eval_shape(inner.unravel, z0)))
 
     def full(x, y):
-        result = inner.full(x, y, stages_at_once=True)
+        result = inner.full(x, y, stages_at_once=not by_step)
         return result.y1, result
 
     step_map = StepMap(inner.step, increment, full, inner.leap, inner.between, leaves)
     ys, statistics, steps = solve(step_map, z0, xs, zs, forward, iteration, idle)
-    okay = None if steps is None else steps.result == diffrax.RESULTS.successful
+    okay = jnp.ones(len(ys), bool)
+    if steps.result is not None:
+        okay = steps.result == diffrax.RESULTS.successful
     if not parts.is_trivial:
-        assert steps is not None
         ys, statistics = parts.complete(
             y0, xs, ys, steps.stages, statistics, idle, may_be_rejected
         )
-    if steps is None or not parts.is_trivial:
         # Plain functions of the solution, differentiated as such.
         points = linearization_points(y0, xs, ys, statistics, idle)
         steps = jax.vmap(parts.whole.full)(*points)
-    if okay is None:
-        okay = steps.result == diffrax.RESULTS.successful
     return ys, statistics, steps.error, steps.dense_info, okay
 
 

@@ -95,6 +95,7 @@ class Outcome(eqx.Module):
     - `carry`: as after the last window.
     - `steps`: those to look save times up in, at `index`, `(times,)`, if `found`.
     - `ends`: of all windows, if they are to be saved.
+    - `dense_infos`: what the interpolation of each step is made from, if it is known.
     """
 
     carry: Carry
@@ -102,6 +103,7 @@ class Outcome(eqx.Module):
     index: Int[Array, " times"]
     found: Bool[Array, " times"]
     ends: Ends | None
+    dense_infos: PyTree[Array] = None
 
 
 def as_arrays(tree: PyTree[Any]) -> PyTree[Array]:

@@ -395,3 +395,79 @@ def test_the_step_map_may_be_a_module():
         for f in (own, sequential)
     )
     assert relative_error(got.weights, reference.weights) < 1e-12
+
+
+# What steps yield beside a state
+
+
+def _with_more(weights):
+    def full(x, y):
+        start, end = x
+        middle = _field((start + end) / 2, y, weights)
+        more = {"slope": jnp.sum(middle**2), "sign": jnp.sign(y[0]).astype(int)}
+        return y + (end - start) * middle, more
+
+    return StepMap(lambda x, y: full(x, y)[0], full=full)
+
+
+@each_forward
+def test_what_the_steps_yield_and_its_derivatives(forward):
+    def own(y0, times, weights):
+        guess, iteration = constant_guess(y0, _STEPS), newton(tolerance=1e-13)
+        xs = intervals(times)
+        ys, _, more = solve(_with_more(weights), y0, xs, guess, forward, iteration)
+        return ys, more
+
+    def in_sequence(y0, times, weights):
+        def step(y, x):
+            y, more = _with_more(weights).full(x, y)
+            return y, (y, more)
+
+        return jax.lax.scan(step, y0, intervals(times))[1]
+
+    def compute(trajectory):
+        def loss(parameters):
+            ys, more = trajectory(*parameters)
+            weights = jnp.arange(1.0, 1 + _STEPS)
+            return jnp.sum(weights * jnp.sin(more["slope"])) + jnp.sum(ys**2)
+
+        def all_of(parameters):
+            ys, more = trajectory(*parameters)
+            tangents = random_like(parameters)
+            pushed = jax.jvp(loss, (parameters,), (tangents,))[1]
+            return ys, more, jax.grad(loss)(parameters), pushed
+
+        batch = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), _problem())
+        return jax.jit(jax.vmap(all_of))(batch)
+
+    got, expected = compute(own), compute(in_sequence)
+    np.testing.assert_array_equal(got[1].pop("sign"), expected[1].pop("sign"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-10), got, expected
+    )
+
+
+@each_forward
+def test_steps_that_were_not_solved_yield_zero(forward):
+    # Doubled and squared, until there is no such number any more.
+    full = lambda x, y: ((1 + x) * y**2, jnp.log(y))
+    step_map = StepMap(lambda x, y: full(x, y)[0], full=full)
+    xs, idle = jnp.ones(12), jnp.zeros(())
+
+    @jax.jit
+    def compute(y0):
+        _, statistics, more = solve(
+            step_map, y0, xs, jnp.ones((12, 1)), forward, newton(), idle
+        )
+        return jnp.sum(more), (statistics.num_solved, more)
+
+    (_, (count, more)), gradient = jax.value_and_grad(compute, has_aux=True)(
+        jnp.array([3.0])
+    )
+    assert 5 < count < 12
+    np.testing.assert_array_equal(more[count:], 0)
+    # The logarithms double, and so do their derivatives.
+    powers = 2.0 ** np.arange(count)
+    logarithms = powers * np.log(3.0) + (powers - 1) * np.log(2.0)
+    np.testing.assert_allclose(more[:count, 0], logarithms, rtol=1e-12)
+    np.testing.assert_allclose(gradient, np.sum(powers) / 3, rtol=1e-12)

@@ -318,7 +318,7 @@ def test_a_step_that_fails_is_reported_and_spoils_nothing_before_it(linearizatio
         increment = lambda x, y, whole=inner.increment: whole(x[1], y)
         step_map, xs = StepMap(step, increment), (index, times)
         ys, statistics = newton(linearization)(step_map, y0, xs, guess)
-        ys_forward, forward = SequentialForward()(step_map, y0, xs, guess, newton())
+        ys_forward, forward, _ = SequentialForward()(step_map, y0, xs, guess, newton())
         return ys, statistics.result, ys_forward, forward.result
 
     expected = jax.jit(ft.partial(sequential, inner))(y0, times)
@@ -345,7 +345,7 @@ def test_nan_is_never_success(linearization):
     @jax.vmap
     def solve(y0):
         solutions = [f(step_map, y0, xs, guess, iteration) for f in forwards.values()]
-        return [statistics.result for _, statistics in solutions]
+        return [statistics.result for _, statistics, _ in solutions]
 
     for result in solve(jnp.array([[jnp.nan, jnp.nan], [1.0, jnp.inf]])):
         assert np.all(result_is(result, "nonfinite"))
@@ -397,10 +397,12 @@ def test_the_forward_pass_in_sequence_finds_the_same_without_iterations():
         return results, sequential(step_map, y0, xs)
 
     results, expected = solve(y0)
-    for ys, statistics in results:
+    for ys, statistics, _ in results:
         assert relative_error(ys, expected) < 1e-13
         assert result_is(statistics.result, "successful")
-    statistics = dict(zip(forwards, (s for _, s in results), strict=True))["sequential"]
+    statistics = dict(zip(forwards, (s for _, s, _ in results), strict=True))[
+        "sequential"
+    ]
     assert statistics.num_iterations == 0
     assert statistics.residual == 0
 
