@@ -143,11 +143,17 @@ def _benchmark(results: dict[str, Any]) -> str:
 
 def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
     """The table, and below it how it was measured, by one run or by several."""
-    environments = [result["environment"] for result in results]
-    environment = environments[0]
+    environment = results[0]["environment"]
     versions = environment["versions"]
-    # In the order of the runs, each of them once.
-    commits = dict.fromkeys(f"`{each['commit'][:10]}`" for each in environments)
+    # In the order of the runs, each of them once. A cell may be older than its run.
+    places = [
+        place
+        for result in results
+        for place in [*result.get("cells", []), result["environment"]]
+    ]
+    commits = dict.fromkeys(
+        f"`{place['commit'][:10]}`" for place in places if "commit" in place
+    )
     return (
         f"{table}\n\n"
         f"Measured on {environment['num_cpus']} cores ({environment['platform']}), "
