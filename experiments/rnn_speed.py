@@ -9,6 +9,7 @@ goes on with --resume.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,10 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         sorted({cell[key] for cell in results["cells"]})
         for key in ("batch_size", "num_steps", "dim")
     )
+    columns = [f"{length:g}" for length in lengths]
+    nothing: dict[tuple[str, int], Entry] = {
+        place: "none" for place in itertools.product(columns, dims)
+    }
     panels = []
     for method in _COMPARED:
         row = []
@@ -228,9 +233,8 @@ def draw(path: Path, results: dict[str, Any]) -> None:
                     if (cell["mode"], cell["batch_size"]) == (mode, batch_size)
                 }
                 title = f"{LABELS[method]}, batch {batch_size}\n{MODES[mode]}"
-                row.append((title, entries))
+                row.append((title, nothing | entries))
         panels.append(row)
-    columns = [f"{length:g}" for length in lengths]
     labels = "steps", "units", f"times as fast as {LABELS[BASELINE]}"
     draw_heat_maps(path, panels, columns, dims, labels)
 

@@ -420,7 +420,7 @@ def test_what_the_steps_yield_and_its_derivatives(forward):
 
     def in_sequence(y0, times, weights):
         def step(y, x):
-            y, more = _with_more(weights).full(x, y)
+            y, more = _with_more(weights).evaluate(x, y)
             return y, (y, more)
 
         return jax.lax.scan(step, y0, intervals(times))[1]
