@@ -29,8 +29,13 @@ class AbstractForward(eqx.Module):
     ) -> tuple[States, Statistics, PyTree[Array]]:
         """Solves the recurrence; the result need not be differentiable.
 
-        Also returns what else the steps have yielded, `step_map.full`, where each of
-        them was made once, and otherwise `None`.
+        **Arguments:** those of `solve`.
+
+        **Returns:**
+
+        The states, `(time, state)`, finite if `y0` is; the `Statistics`; and what else
+        the steps have yielded, of leading axis `time`, if each was made once and is at
+        hand, otherwise `None`.
         """
 
 

@@ -156,10 +156,10 @@ def _(primals, tangents, **kwargs):
     if idle is not None:
         xs_dot = _where(solved, xs_dot)
     y0_dot = jnp.zeros_like(y0) if y0_dot is None else y0_dot
+    no_tangents = jax.tree.map(lambda _: None, statistics)
     if isinstance(kwargs["forward"], StepByStep):
         tangents = step_map_dot, xs_dot, y0_dot
         ys_dot, more_dot = _tangents_step_by_step(step_map, points, solved, tangents)
-        no_tangents = jax.tree.map(lambda _: None, statistics)
         return (ys, statistics, more), (ys_dot, no_tangents, _where(solved, more_dot))
     moved = lambda y0_dot, ys_dot: _where(solved, shift(y0_dot, ys_dot))
 
@@ -184,10 +184,8 @@ def _(primals, tangents, **kwargs):
     )
     _, along = product(moved(jnp.zeros_like(y0), ys_dot))
     more = _where(solved, eqx.combine(smooth, rest))
-    smooth_dot = _where(solved, jax.tree.map(jnp.add, smooth_dot, along))
-    no_tangents = jax.tree.map(lambda _: None, (statistics, rest))
-    more_dot = eqx.combine(smooth_dot, no_tangents[1])
-    return (ys, statistics, more), (ys_dot, no_tangents[0], more_dot)
+    more_dot = _where(solved, jax.tree.map(jnp.add, smooth_dot, along))
+    return (ys, statistics, more), (ys_dot, no_tangents, more_dot)
 
 
 def _solve_in_blocks(
@@ -240,8 +238,8 @@ def solve(
 
     The states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the `Statistics`; and
     what else the steps yield, of leading axis `time`, zero where they were not solved,
-    or `None`. Exact derivatives of any order and mode with respect to
-    `y0`, `xs` and all that `step_map` depends on; none with respect to `guess`.
+    or `None`. Exact derivatives of any order and mode with respect to `y0`, `xs` and
+    all that `step_map` depends on; none with respect to `guess`.
 
     With N steps and D components a derivative holds one array of shape `(N, D, D)` if D
     is at most 16 or the transitions are dense, those of `FullJacobian` or

@@ -30,10 +30,10 @@ def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterp
 
 @eqx.filter_custom_jvp
 def _again(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
-    """What is `known`, found by evaluating the steps again; differentiated as known.
+    """What is `known`, as a value from few `steps` made again; differentiated as known.
 
-    For a value of few steps: then a loop over all of them has nothing to write down.
-    For the derivative all are linearized in any case.
+    A loop over all steps then has nothing to write down, and XLA makes one function of
+    it. For the derivative all steps are linearized in any case.
     """
     del known
     return jax.vmap(lambda step: _dense_info(inner, step))(steps)
@@ -49,8 +49,8 @@ def interpolate(
 ) -> PyTree[Array]:
     """The solution at all of `ts`, leaves of leading axis `times`.
 
-    Evaluates each step once more, or once for each time, whichever is less, if what all
-    of them have yielded is not known or for fewer steps not worth to write down.
+    From what the steps have yielded, if that is known. Else each step is evaluated once
+    more, or once for each time, whichever is less.
     """
     steps, index, infos = outcome.steps, outcome.index, outcome.dense_infos
     if few := len(ts) < len(steps.ends):

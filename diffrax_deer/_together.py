@@ -89,7 +89,8 @@ def together(
             kept=index < num_done,
         )
     index, found = steps.locate(windows.save_ts)
-    return Outcome(new, steps, index, found, ends, trajectory.dense_infos)
+    dense_infos = None if trajectory.is_divided else trajectory.dense_infos
+    return Outcome(new, steps, index, found, ends, dense_infos)
 
 
 def _step_to_state(controller: Any, carry: Carry, num_done: Array) -> Any:

@@ -29,7 +29,8 @@ from ._step_map import SolverStep
 # The entries of the transitions of one step, in the whole batch, up to which a parallel
 # gradient is faster on a CPU; beyond that it fills the cores with more work than the
 # sequential one has. For perceptrons of 2 to 8 components, 128 steps and batches of 1
-# to 128, on two cores.
+# to 128, on two cores. Where a step costs more or less than theirs, the other way can
+# be up to 1.6 times as fast (`experiments.long_horizon`, D = 8, batch 4).
 MOST_ON_CPU = 128
 
 
@@ -42,6 +43,8 @@ class Trajectory(eqx.Module):
     - `statistics`: of the solve. Steps that it did not solve hold the last good state.
     - `errors`, `(time, state)`, or `None`: the estimates of the error of each step.
     - `dense_infos`: what the interpolation of each step is made from.
+    - `is_divided`: whether there are quadratures, so that `dense_infos` are not those
+        of the steps that were solved for, but take one more evaluation of each.
     - `okay`, `(time,)`: whether the inner solver succeeded.
     """
 
@@ -53,6 +56,7 @@ class Trajectory(eqx.Module):
     errors: Float[Array, "time state"] | None
     dense_infos: PyTree[Array]
     okay: Bool[Array, " time"]
+    is_divided: bool = eqx.field(static=True)
 
     def points(self) -> tuple[tuple[Array, Array], States]:
         """The times and the initial state of each step, one of length zero if unsolved.
@@ -96,7 +100,7 @@ def solve_grid(
         found = _fastest(forward, find, num_entries, (parts.whole, ts, y0))
     else:
         found = find(forward)
-    return Trajectory(parts.whole, ts, y0, *found)
+    return Trajectory(parts.whole, ts, y0, *found, is_divided=not parts.is_trivial)
 
 
 def _fastest(

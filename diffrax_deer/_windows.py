@@ -95,7 +95,8 @@ class Outcome(eqx.Module):
     - `carry`: as after the last window.
     - `steps`: those to look save times up in, at `index`, `(times,)`, if `found`.
     - `ends`: of all windows, if they are to be saved.
-    - `dense_infos`: what the interpolation of each step is made from, if it is known.
+    - `dense_infos`: what the interpolation of each step is made from, if the steps
+        that were solved for have yielded it.
     """
 
     carry: Carry

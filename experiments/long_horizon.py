@@ -35,14 +35,14 @@ from experiments.common.results import format_table, head, report
 from experiments.common.timing import compile_and_time, largest_difference, quartiles
 
 _BASELINE = "dopri5"
+_WARM = "deer_newton_warm"
 _FORWARDS = {
     "deer": None,
-    "deer_newton_warm": ParallelForward(),
+    _WARM: ParallelForward(),
     "deer_newton": ParallelForward(),
     "deer_sequential": SequentialForward(),
 }
 _METHODS = (*_FORWARDS, _BASELINE)
-_WARM = "deer_newton_warm"
 _LENGTH = 20.0
 
 

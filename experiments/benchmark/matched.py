@@ -189,9 +189,9 @@ def measure(cell: dict[str, Any], config: Config) -> dict[str, Any]:
             # With too few steps there is nothing but infinities.
             points[name] = [point for point in found if point.error < 1]
     # What takes seconds where others take milliseconds would leave few turns to these.
-    for group in (COMPARED[:-1], COMPARED[-1:]):
-        chosen = [point for name in group for point in points.get(name, [])]
-        prepared = [point.prepared for point in chosen]
+    others = [each for name, each in points.items() if name != "paper"]
+    for group in (sum(others, []), points.get("paper", [])):
+        prepared = [point.prepared for point in group]
         take_affordable_turns(prepared, config.cell_seconds, config.repeats)
     entries = {}
     for name, each in points.items():

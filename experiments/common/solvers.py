@@ -1,6 +1,6 @@
 """The solvers that the experiments compare, and what a solve with them costs."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import diffrax
 import jax.numpy as jnp
@@ -16,13 +16,7 @@ from diffrax_deer import (
 )
 
 SolverName = Literal["deer", "deer_newton", "deer_sequential", "dopri5", "tsit5"]
-SOLVERS: tuple[SolverName, ...] = (
-    "deer",
-    "deer_newton",
-    "deer_sequential",
-    "dopri5",
-    "tsit5",
-)
+SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 
 
 def solve_options(
