@@ -1,5 +1,7 @@
 """Hard problems end in the answer of the sequential solver, warm starts end early."""
 
+import json
+
 import diffrax
 import equinox as eqx
 import jax
@@ -14,6 +16,8 @@ from diffrax_deer import (
     DEERSolver,
     WholeInterval,
 )
+from experiments import iterates
+from experiments.common.errors import ExperimentError
 from experiments.common.problems import PROBLEMS
 from experiments.convergence import grid, solve
 
@@ -222,3 +226,20 @@ def test_a_previous_solution_is_a_guess_also_beyond_its_interval():
     assert longer.result == diffrax.RESULTS.successful
     assert relative_error(same.ys, cold.ys) < 1e-9
     assert relative_error(longer.ys, run(constant, 12.0).ys) < 1e-9
+
+
+def test_iterates_are_drawn(tmp_path):
+    out = tmp_path / "iterates.json"
+    errors = iterates.main(iterates.Config(smoke=True, out=out))["errors"]
+    # Rounding, after 8 iterations of Newton's method for 20 steps.
+    assert errors["Newton"][0] > 1
+    assert errors["Newton"][-1] < 1e-12
+    assert errors["Picard"][-1] > 1e-3
+    assert json.loads(out.read_text())["errors"] == errors
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_iterates_are_asked_for(tmp_path):
+    config = iterates.Config(num_iterations=0, out=tmp_path / "iterates.json")
+    with pytest.raises(ExperimentError, match="--num-iterations"):
+        iterates.main(config)
