@@ -339,7 +339,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
-        args: Args,
+        args: Args = None,
     ) -> PyTree[bool]:
         """Which leaves of `y0` are left out of the Newton system.
 

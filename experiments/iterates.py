@@ -76,8 +76,9 @@ def iterate(linearization: AbstractLinearization, config: Config) -> Array:
     xs, y0 = (times[:-1], times[1:]), _PROBLEM.y0
 
     def step(x, y):
-        state = _SOLVER.init(_TERM, *x, y, None)
-        return _SOLVER.step(_TERM, *x, y, None, state, made_jump=False)[0]
+        start, end = x
+        state = _SOLVER.init(_TERM, start, end, y, None)
+        return _SOLVER.step(_TERM, start, end, y, None, state, made_jump=False)[0]
 
     def increment(x, y):
         return (x[1] - x[0]) * _PROBLEM.field(x[0], y, None)
@@ -170,7 +171,7 @@ def main(config: Config) -> dict[str, Any]:
     errors = {
         name: [
             error if np.isfinite(error) else None
-            for error in jnp.max(jnp.abs(each - exact), axis=(1, 2)).tolist()
+            for error in jnp.max(jnp.abs(each - exact[None]), axis=(1, 2)).tolist()
         ]
         for name, each in iterates.items()
     }

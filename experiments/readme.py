@@ -1,4 +1,4 @@
-"""Writes the tables of the README from the results in `experiments/results/`.
+"""Writes the tables of the READMEs from the results in `experiments/results/`.
 
 python -m experiments.readme
 """
@@ -12,6 +12,7 @@ from experiments import (
     cnf,
     convergence,
     deer_adjoint,
+    iterates,
     long_horizon,
     neural_ode_classifier,
     quadratures,
@@ -26,6 +27,7 @@ from experiments.common.results import comparison_table
 
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "README.md"
+READMES = (README, _ROOT / "experiments" / "README.md")
 
 
 def _neural_ode_classifier(results: dict[str, Any]) -> str:
@@ -45,6 +47,12 @@ def _deer_adjoint(results: dict[str, Any]) -> str:
         f"{results['gradient_difference']:.0e}"
     )
     return _measured(deer_adjoint.table(results), what, results)
+
+
+def _iterates(results: dict[str, Any]) -> str:
+    config = results["config"]
+    what = f"{config['num_steps']} steps of Dopri5"
+    return _measured(iterates.table(results), what, results)
 
 
 def _convergence(results: dict[str, Any]) -> str:
@@ -135,7 +143,14 @@ def _benchmark(results: dict[str, Any]) -> str:
     ]
     names = ("dopri5", "dopri5_pid", "scan_rk45", "deer", "deer_newton_warm")
     tables = [report.grid_table(headline, names), report.matched_table(cells)]
-    parts = [*tables, report.summary(cells), goals.table(cells)]
+    return _of_benchmark([*tables, report.summary(cells)], results)
+
+
+def _goals(results: dict[str, Any]) -> str:
+    return _of_benchmark([goals.table(reading.cells_of(results.values()))], results)
+
+
+def _of_benchmark(parts: list[str], results: dict[str, Any]) -> str:
     repeats = max(each["config"]["repeats"] for each in results.values())
     what = f"at most {repeats} repeats"
     return _measured("\n\n".join(parts), what, *results.values())
@@ -163,10 +178,11 @@ def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
 
 
 # Tables of results that have another name.
-_SOURCES = {"rnn_speed": "benchmark"}
+_SOURCES = {"rnn_speed": "benchmark", "goals": "benchmark"}
 _TABLES = {
     "neural_ode_classifier": _neural_ode_classifier,
     "deer_adjoint": _deer_adjoint,
+    "iterates": _iterates,
     "convergence": _convergence,
     "quadratures": _quadratures,
     "cnf": _cnf,
@@ -176,6 +192,7 @@ _TABLES = {
     "rnn_accuracy": _rnn_accuracy,
     "rnn_classifier": _rnn_classifier,
     "benchmark": _benchmark,
+    "goals": _goals,
 }
 
 
@@ -201,5 +218,6 @@ def filled_in(text: str) -> str:
 
 
 if __name__ == "__main__":
-    text = filled_in(README.read_text())
-    write_atomically(README, lambda file: file.write(text.encode()))
+    for path in READMES:
+        text = filled_in(path.read_text()).encode()
+        write_atomically(path, lambda file, text=text: file.write(text))

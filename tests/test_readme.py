@@ -6,13 +6,27 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from experiments.readme import README, filled_in
+from experiments.readme import README, READMES, filled_in
 
 
-def test_every_table_is_written_from_results():
-    text = README.read_text()
-    assert "<!-- table: neural_ode_classifier -->" in text
+@pytest.mark.parametrize("path", READMES, ids=["main", "experiments"])
+def test_every_table_is_written_from_results(path):
+    text = path.read_text()
+    assert "<!-- table: " in text
     assert filled_in(text) == text
+
+
+@pytest.mark.parametrize("path", READMES, ids=["main", "experiments"])
+def test_links_lead_somewhere(path):
+    prose = re.sub(r"`[^`]*`", "", path.read_text())
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose):
+        name, _, section = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if section:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", head.lower()) for head in heads]
+            assert section in [slug.replace(" ", "-") for slug in slugs], link
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]):
