@@ -41,7 +41,9 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, cls):
         msg = f"`{name}` got the class `{value.__name__}`. {hint}."
     else:
-        msg = f"`{name}` must be a `{cls.__name__}`; got {value!r}. {hint}."
+        msg = (
+            f"`{name}` must be an instance of `{cls.__name__}`; got {value!r}. {hint}."
+        )
     raise TypeError(msg)
 
 

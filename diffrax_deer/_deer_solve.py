@@ -88,7 +88,7 @@ class _Framework(AbstractEquations):
 
         return jax.vmap(point)(list(self.shifter(ys)), self.xs)
 
-    def _without(self, ys: States) -> list[Transitions]:
+    def without(self, ys: States) -> list[Transitions]:
         """Zeros in place of the G."""
         if isinstance(self.linearization, Picard):
             return [jnp.zeros_like(y) for y in self.shifter(ys)]
@@ -96,7 +96,7 @@ class _Framework(AbstractEquations):
         return jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), shapes)
 
     def images(self, ys):
-        return self.inverse(self._without(ys), self._right_hand_side(ys))
+        return self.inverse(self.without(ys), self._right_hand_side(ys))
 
     def newton(self, ys: States) -> Callable[[States], States]:
         """The linear map from residuals to updates, linearized at `ys`."""
@@ -323,7 +323,7 @@ def deer_solve(
     equations = _Framework(
         causal,
         eqx.filter_closure_convert(f, [y[0] for y in shifted], x),
-        eqx.filter_closure_convert(inverse, equations._without(guess), guess),
+        eqx.filter_closure_convert(inverse, equations.without(guess), guess),
         eqx.filter_closure_convert(shifter, guess),
         xs,
         linearization,

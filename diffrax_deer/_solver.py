@@ -268,8 +268,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         # The path is in the user's time, which runs backwards where this one does not.
         direction = getattr(terms, "direction", 1)
         times = ts[1:] * direction
-        ends = [t for t in (guess.t0, guess.t1) if t is not None]
-        if len(ends) == 2:
+        # A path without an end has `None` there, whatever its type says.
+        ends: list[Any] = [guess.t0, guess.t1]
+        if all(t is not None for t in ends):
             first, last = (jnp.asarray(t, times.dtype) for t in ends)
             times = jnp.clip(times, jnp.minimum(first, last), jnp.maximum(first, last))
         check_guess(guess, times[0], y0)

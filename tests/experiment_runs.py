@@ -1,6 +1,7 @@
 """Experiments as processes: run, killed, resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,11 +18,21 @@ def _command(module: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
 
 
-def execute(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs an experiment to its end."""
+def _environment(cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return dict(os.environ)
+    at_once = {"JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | at_once | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def execute(
+    module: str, *arguments: str | Path, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs an experiment to its end; compiled functions are kept in `cache`."""
     return subprocess.run(
         _command(module, *arguments),
         cwd=ROOT,
+        env=_environment(cache),
         capture_output=True,
         text=True,
         check=False,
@@ -36,7 +47,11 @@ def _num_steps(checkpoint: Path) -> int:
 
 
 def kill_in_training(
-    module: str, *arguments: str | Path, folder: Path, after: int = 1
+    module: str,
+    *arguments: str | Path,
+    folder: Path,
+    after: int = 1,
+    cache: Path | None = None,
 ) -> None:
     """Runs an experiment until its run in `folder` has made `after` steps.
 
@@ -45,6 +60,7 @@ def kill_in_training(
     process = subprocess.Popen(
         _command(module, *arguments),
         cwd=ROOT,
+        env=_environment(cache),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -73,11 +89,12 @@ def check_resumption(
     """A run that is killed and resumed has to equal one that is not."""
     folders = [folder / "straight", folder / "killed"]
     straight, killed = [(*arguments, "--out", out) for out in folders]
-    finished = execute(module, *straight)
+    cache = folder / "cache"
+    finished = execute(module, *straight, cache=cache)
     assert finished.returncode == 0, finished.stderr
 
-    kill_in_training(module, *killed, folder=folders[1], after=after)
-    resumed = execute(module, *killed, "--resume")
+    kill_in_training(module, *killed, folder=folders[1], after=after, cache=cache)
+    resumed = execute(module, *killed, "--resume", cache=cache)
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming after step" in resumed.stdout
 

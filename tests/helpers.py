@@ -55,6 +55,11 @@ forwards: dict[str, AbstractForward] = {
 }
 
 
+def slowly(*values: Any) -> Any:
+    """A case of a parametrized test that is left out of a quick run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def newton_solver(*args: Any, **kwargs: Any) -> DEERSolver:
     """A `DEERSolver` that uses Newton's method, unless told otherwise."""
     return DEERSolver(*args, **{"forward": ParallelForward()} | kwargs)

@@ -111,6 +111,7 @@ def test_tolerance_that_matches():
 # Measurements
 
 
+@pytest.mark.slow
 def test_measured_cell():
     names = ("dopri5", "dopri5_pid", "scan_rk45", "deer_newton_warm", "floor")
     config = settings.Config(methods=names, repeats=2)
@@ -156,6 +157,7 @@ def test_work_and_precision():
     assert found["methods"]["dopri5"]["num_steps"] < 100
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     out = tmp_path / "run" / "results.json"
     arguments = "--smoke", "--groups", "gru", "--out", out

@@ -18,10 +18,11 @@ from experiments.common.errors import ExperimentError
 from experiments.common.experiment import run_folder
 from experiments.common.flow import FIELDS, Flow
 from experiments.common.flow_evaluation import make_evaluate
-from experiments.common.solvers import SolverName, solve_options
+from experiments.common.solvers import SOLVERS, SolverName, solve_options
 from experiments.common.training import init_state
 
 from .experiment_runs import execute, kill_in_training, outcome
+from .helpers import slowly
 
 _MODULE = "cnf"
 _OPTIONS = solve_options(rtol=1e-6, atol=1e-6, num_steps=16)
@@ -164,7 +165,9 @@ def change_of_variables():
     return flow, points, expected
 
 
-@pytest.mark.parametrize("solver", get_args(SolverName))
+@pytest.mark.parametrize(
+    "solver", ["deer", *[slowly(each) for each in SOLVERS if each != "deer"]]
+)
 def test_log_density_is_the_change_of_variables(change_of_variables, solver):
     flow, points, expected = change_of_variables
     np.testing.assert_allclose(
@@ -215,6 +218,7 @@ def test_loss_with_estimated_traces():
 
 
 # 300 points are one and a half parts of what is solved at once.
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "number"), [("deer_newton", 20), ("dopri5", 300)])
 def test_evaluation(solver, number):
     flow, options, points = _flow(), _OPTIONS[solver], load("two_moons").test[:number]
@@ -310,11 +314,13 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
         *("--solver", "dopri5", "--dataset", *names),
     )
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finished = execute(_MODULE, *tiny, "--out", straight)
+    cache = tmp_path / "cache"
+    finished = execute(_MODULE, *tiny, "--out", straight, cache=cache)
     assert finished.returncode == 0, finished.stderr
 
-    kill_in_training(_MODULE, *tiny, "--out", killed, folder=killed / "circles")
-    resumed = execute(_MODULE, *tiny, "--out", killed, "--resume")
+    folder = killed / "circles"
+    kill_in_training(_MODULE, *tiny, "--out", killed, folder=folder, cache=cache)
+    resumed = execute(_MODULE, *tiny, "--out", killed, "--resume", cache=cache)
     assert resumed.returncode == 0, resumed.stderr
 
     all_results = {}

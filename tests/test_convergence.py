@@ -21,7 +21,7 @@ from experiments.common.errors import ExperimentError
 from experiments.common.problems import PROBLEMS
 from experiments.convergence import grid, solve
 
-from .helpers import newton_solver, relative_error
+from .helpers import newton_solver, relative_error, slowly
 
 # The most iterations from the constant guess; without an entry, as many as steps. What
 # a prototype of this iteration needed was 137, 40, 220 and 9.
@@ -35,8 +35,18 @@ _LIMITS = {
 _TOLERANCES = {"lorenz": 1e-6}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROBLEMS)
+_QUICK = "lotka_volterra_100", "robertson", "near_collision", "square_root"
+# Easier than others of their kind; `experiments.convergence` has all.
+_EASY = "lotka_volterra_10", "fitzhugh_nagumo_100", "van_der_pol_1", "two_body"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *_QUICK,
+        *[slowly(name) for name in PROBLEMS if name not in (*_QUICK, *_EASY)],
+    ],
+)
 def test_a_hard_problem_has_the_sequential_answer(name):
     problem = PROBLEMS[name]
     ts = grid(problem)
@@ -140,8 +150,10 @@ def _cast(tree, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 3), (jnp.float64, 4)])
-@pytest.mark.parametrize("make", [_neural_ode, _hamiltonian])
+@pytest.mark.parametrize(
+    ("make", "dtype", "most"),
+    [(_neural_ode, jnp.float64, 4), (_hamiltonian, jnp.float32, 3)],
+)
 def test_after_a_training_step_a_warm_start_takes_few_iterations(make, dtype, most):
     # Samples drawn at random in each step; each keeps the solution it had last.
     key = jax.random.key(0)

@@ -713,8 +713,10 @@ def _explode(size: int) -> tuple[Callable, Array, Array]:
     )
 
 
-_EXPLODING = [(size, how) for size in (1, 3) for how in ("default", "newton")]
-_EXPLODING += [(12, "default"), (40, "default")]
+_EXPLODING = [
+    *[(size, how) for size in (1, 3) for how in ("default", "newton")],
+    *[(12, "default"), (40, "default")],
+]
 
 
 @pytest.mark.parametrize(("size", "how"), _EXPLODING)
@@ -831,12 +833,24 @@ _F, _ONES = (lambda c, x: (jnp.sin(_W @ c + x), c)), jnp.ones((20, 3))
     ("kwargs", "error", "match"),
     [
         ({"linearization": FullJacobian}, TypeError, "class `FullJacobian`.*instance"),
-        ({"linearization": "newton"}, TypeError, "must be a `AbstractLinearization`"),
-        ({"linearization": None}, TypeError, "must be a `AbstractLinearization`"),
+        (
+            {"linearization": "newton"},
+            TypeError,
+            "must be an instance of `AbstractLinearization`",
+        ),
+        (
+            {"linearization": None},
+            TypeError,
+            "must be an instance of `AbstractLinearization`",
+        ),
         ({"scan": AssociativeScan}, TypeError, "class `AssociativeScan`"),
-        ({"scan": True}, TypeError, "must be a `AbstractScan`"),
+        ({"scan": True}, TypeError, "must be an instance of `AbstractScan`"),
         ({"forward": ParallelForward}, TypeError, "class `ParallelForward`"),
-        ({"forward": "parallel"}, TypeError, "must be a `AbstractForward`"),
+        (
+            {"forward": "parallel"},
+            TypeError,
+            "must be an instance of `AbstractForward`",
+        ),
         ({"max_iterations": 0}, ValueError, "`max_iterations` must be at least 1"),
         ({"max_iterations": 2.0}, TypeError, "`max_iterations` must be a Python int"),
         ({"window": 0}, ValueError, "`window` must be at least 1"),

@@ -388,7 +388,11 @@ _WRONG_ARGUMENTS = [
     (dict(atol=float("nan")), ValueError, "`atol` must be finite"),
     (dict(rtol="tight"), TypeError, "`rtol` must be a Python float"),
     (dict(solver=diffrax.Dopri5), TypeError, "`solver` got the class `Dopri5`"),
-    (dict(solver="dopri5"), TypeError, "`solver` must be a `AbstractSolver`"),
+    (
+        dict(solver="dopri5"),
+        TypeError,
+        "`solver` must be an instance of `AbstractSolver`",
+    ),
     (dict(solver=diffrax.EulerHeun()), ValueError, "SDE solver `EulerHeun`"),
     (dict(solver=diffrax.SPaRK()), ValueError, "Use `Dopri5\\(\\)`"),
     (dict(solver=diffrax.LeapfrogMidpoint()), ValueError, "one-step method"),
@@ -399,9 +403,17 @@ _WRONG_ARGUMENTS = [
         "`linearization` got the class `FullJacobian`. Pass an instance",
     ),
     (dict(scan=AssociativeScan), TypeError, "`scan` got the class"),
-    (dict(scan=PiecewiseConstant()), TypeError, "`scan` must be a `AbstractScan`"),
+    (
+        dict(scan=PiecewiseConstant()),
+        TypeError,
+        "`scan` must be an instance of `AbstractScan`",
+    ),
     (dict(forward=SequentialForward), TypeError, "`forward` got the class"),
-    (dict(guess=jnp.zeros(3)), TypeError, "`guess` must be a `AbstractPath`"),
+    (
+        dict(guess=jnp.zeros(3)),
+        TypeError,
+        "`guess` must be an instance of `AbstractPath`",
+    ),
 ]
 
 

@@ -18,8 +18,8 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-from .helpers import newton_solver, problems
-from .oracle import adjoints, all_adjoints, assert_equal, each_adjoint
+from .helpers import newton_solver, problems, slowly
+from .oracle import adjoints, all_adjoints, assert_equal
 
 _N = 12
 _root_finder = optx.Newton(rtol=1e-12, atol=1e-12)
@@ -27,11 +27,19 @@ _root_finder = optx.Newton(rtol=1e-12, atol=1e-12)
 # A solver added here, with its order, is held to everything.
 solvers: dict[str, tuple[diffrax.AbstractSolver, int]] = {
     "dopri5": (diffrax.Dopri5(), 5),
-    "tsit5": (diffrax.Tsit5(), 5),
     "kvaerno5": (diffrax.Kvaerno5(root_finder=_root_finder), 5),
     "exponential": (ExponentialRosenbrockEuler(), 2),
 }
 each_solver = pytest.mark.parametrize("name", solvers)
+# Every solver and every adjoint; not every pair, seconds each.
+each_pair = pytest.mark.parametrize(
+    ("name", "adjoint"),
+    [
+        ("dopri5", "deer"),
+        slowly("dopri5", "default"),
+        *[slowly(name, "deer") for name in solvers if name != "dopri5"],
+    ],
+)
 
 
 def _field(t, y, args):
@@ -76,8 +84,7 @@ def _sequential(name, t0, t1, y0, push, saveat, **kwargs: Any):
     return _solve(solvers[name][0], controller, t0, t1, y0, push, saveat, **kwargs)
 
 
-@each_adjoint
-@each_solver
+@each_pair
 def test_saved_values_and_dense_output_forwards_and_backwards(name, adjoint):
     @jax.jit
     def both(t0, t1):
@@ -124,8 +131,7 @@ def test_the_solution_converges_with_the_order_of_the_solver(name):
     assert observed[-1] > order - 0.5, observed
 
 
-@each_adjoint
-@each_solver
+@each_pair
 def test_a_batch_is_its_members(name, adjoint):
     saveat = lambda ts: diffrax.SaveAt(ts=ts)
 
@@ -185,8 +191,7 @@ def test_derivatives_are_those_of_the_sequential_solver_for_every_adjoint(name):
         assert_equal(pushed[adjoint], expected[1], 1e-8)
 
 
-@each_adjoint
-@each_solver
+@each_pair
 def test_an_event_ends_the_solution_at_its_root(name, adjoint):
     # Without a push the pendulum crosses the vertical once, here also for the solver.
     event = diffrax.Event(
@@ -209,8 +214,7 @@ def test_an_event_ends_the_solution_at_its_root(name, adjoint):
     assert bool(parallel.event_mask) and bool(sequential.event_mask)
 
 
-@each_adjoint
-@each_solver
+@each_pair
 def test_an_adaptive_solve_meets_the_tolerance(name, adjoint):
     solver, order = solvers[name]
     tolerance = 1e-4 if order < 4 else 1e-7

@@ -162,6 +162,7 @@ def test_second_derivatives_are_exact_in_every_order_of_modes():
     _assert_close(curvature(select(rest)), expected, 1e-8)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_batch_are_the_gradients_one_by_one():
     loss = _parallel(diffrax.Heun(), _ADJOINTS["checkpoint"], between=False)
     batch = jax.tree.map(lambda x: jnp.stack([x, x * 1.1, x * 0.7]), _parameters())
@@ -181,6 +182,7 @@ def test_single_precision_gradients_have_single_precision(reference):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_modules_as_arguments_and_gradients_of_their_weights():
     model = eqx.nn.MLP(2, 2, 8, 1, jnp.tanh, key=jax.random.key(0))
 

@@ -30,6 +30,7 @@ from .helpers import (
     rk4,
     scans,
     sequential,
+    slowly,
     weighted_loss,
 )
 
@@ -224,9 +225,9 @@ def _oscillator(trajectory):
 @pytest.mark.parametrize(
     ("scan", "forward"),
     [
-        ("sequential", "parallel"),
         ("associative", "parallel"),
-        ("platform", "sequential"),
+        slowly("sequential", "parallel"),
+        slowly("platform", "sequential"),
     ],
 )
 def test_hessians_in_all_modes_are_those_of_the_loop(scan, forward):

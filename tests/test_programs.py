@@ -13,7 +13,7 @@ import pytest
 
 from diffrax_deer import DEERAdjoint, WholeInterval
 
-from .helpers import newton_solver, problems
+from .helpers import newton_solver, problems, slowly
 from .oracle import adjoints, assert_equal, each_adjoint
 
 _N = 8
@@ -24,7 +24,7 @@ _PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 # With the default adjoint both are the same loop, with our own they are not.
 each_case = pytest.mark.parametrize(
     ("controller", "adjoint"),
-    [(_PID, "default"), (_PID, "deer"), (WholeInterval(), "deer")],
+    [slowly(_PID, "default"), (_PID, "deer"), slowly(WholeInterval(), "deer")],
 )
 
 
@@ -60,7 +60,12 @@ def _sequential(t0, t1, y0, args, num_steps=_N):
 
 @pytest.mark.parametrize(
     ("controller", "adjoint"),
-    [("pid", "default"), ("pid", "deer"), ("constant", "deer"), ("step_to", "deer")],
+    [
+        ("pid", "deer"),
+        slowly("pid", "default"),
+        slowly("constant", "deer"),
+        slowly("step_to", "deer"),
+    ],
 )
 def test_vmap_over_everything_equals_one_by_one(controller, adjoint):
     def run(y0, args, t0, t1, ts):
@@ -136,6 +141,7 @@ def test_half_solver_makes_each_half_a_window():
     np.testing.assert_allclose(adaptive.ys[-1], fine, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_backsolve_gives_the_continuous_gradient():
     ts = jnp.array([0.3, 0.8])
 
@@ -240,6 +246,7 @@ def test_debugging_nans_finds_none(controller, adjoint):
             jax.jit(jax.grad(loss))(y0 * jnp.nan)
 
 
+@pytest.mark.slow
 @each_adjoint
 def test_programs_run_without_being_compiled(adjoint):
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)
@@ -269,6 +276,7 @@ for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DEERAdjoint()):
 """
 
 
+@pytest.mark.slow
 def test_errors_become_nan_where_equinox_is_told_so():
     # With JAX's default settings, moreover: single precision and relaxed promotion.
     out = subprocess.run(

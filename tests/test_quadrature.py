@@ -20,7 +20,7 @@ from diffrax_deer import (
     WholeInterval,
 )
 
-from .helpers import linearizations, newton_solver, primitives, relative_error
+from .helpers import linearizations, newton_solver, primitives, relative_error, slowly
 from .oracle import all_adjoints, assert_equal, one_by_one
 
 _ROOT = optx.Newton(rtol=1e-12, atol=1e-12)
@@ -184,7 +184,10 @@ _SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", _SOLVERS)
+@pytest.mark.parametrize(
+    "name",
+    ["dopri5", "rosenbrock", *map(slowly, _SOLVERS.keys() - {"dopri5", "rosenbrock"})],
+)
 def test_value_and_gradient_are_those_of_the_sequential_solver(name):
     solver = _SOLVERS[name]
 
@@ -250,7 +253,9 @@ def test_a_block_is_one_of_the_coupled_components():
     assert_equal(jax.tree.map(lambda y: y[-1], found), expected, 1e-12)
 
 
-@pytest.mark.parametrize("adjoint", all_adjoints)
+@pytest.mark.parametrize(
+    "adjoint", ["deer", *[slowly(name) for name in all_adjoints if name != "deer"]]
+)
 def test_every_adjoint_and_every_way_to_save(adjoint):
     ts = jnp.array([0.1, 0.35, 0.8])
 
