@@ -52,6 +52,16 @@ def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = "jax_disable_most_optimizations"
+    disabled = os.environ[name.upper()] == "1"
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update(name, disabled and not optimized)
+    yield
+    jax.config.update(name, disabled)
+
+
 @pytest.fixture
 def getkey(request: pytest.FixtureRequest) -> Callable[[], Array]:
     """A new random key at each call: the same in every run, another in every test."""

@@ -203,6 +203,7 @@ def _derivatives(f, a, e, w):
     return *jax.jvp(first, (a,), (e,)), *jax.jvp(pulled, (a,), (e,))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("function", [expm, phi1])
 def test_derivatives_are_exact(n, function):
