@@ -93,7 +93,7 @@ def test_vmap_over_everything_equals_one_by_one(controller, adjoint):
 # ---- Loops ----
 
 
-@each_adjoint
+@pytest.mark.parametrize("adjoint", ["deer", slowly("default")])
 def test_solves_inside_of_loops_and_their_gradients(adjoint):
     """`fori_loop` and `scan`, as training loops and recurrent models have them."""
 
@@ -128,6 +128,7 @@ def test_solves_inside_of_loops_and_their_gradients(adjoint):
 # ---- Other adjoints and solvers ----
 
 
+@pytest.mark.slow
 def test_half_solver_makes_each_half_a_window():
     half = diffrax.HalfSolver(_SOLVER)
     y0, args = jnp.array([2.0, 0.1]), jnp.array(0.7)

@@ -78,6 +78,7 @@ def test_scaled_cell():
 # Speed
 
 
+@pytest.mark.slow
 def test_speed_smoke(tmp_path, capsys):
     out = tmp_path / "speed.json"
     rnn_speed.main(rnn_speed.Config(smoke=True, out=out))
@@ -421,6 +422,7 @@ def test_eigenworms_without_network(tmp_path):
 # The classifier
 
 
+@pytest.mark.slow
 def test_classifier_smoke(tmp_path, data_dir, capsys):
     out = tmp_path / "run"
     config = rnn_classifier.Config(smoke=True, out=out, data_dir=data_dir)

@@ -43,6 +43,7 @@ def _own(inner, x, y):
     return ravel(step[0])[0], ravel(step[1])[0], ravel(step[2])[0]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "stiffness"),
     [(name, 1.0) for name in _SOLVERS]

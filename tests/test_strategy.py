@@ -21,7 +21,7 @@ from diffrax_deer import (
 from diffrax_deer._batch import batch_size
 from diffrax_deer._platform import by_platform
 
-from .helpers import relative_error
+from .helpers import relative_error, slowly
 
 _NUM_STEPS = 24
 
@@ -133,6 +133,7 @@ def test_value_and_derivatives_do_not_depend_on_what_is_chosen(size, batch, dtyp
             assert relative_error(a, b) < tolerance
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_any_order_of_modes():
     weights, y0s = _problem(2)
     loss = lambda forward: lambda x: _loss(forward)(x * weights, y0s[:40])
@@ -217,8 +218,8 @@ def test_without_newton_there_are_no_iterations():
     ("batch", "adjoint"),
     [
         (4, DEERAdjoint()),
-        (40, DEERAdjoint()),
-        (40, diffrax.RecursiveCheckpointAdjoint()),
+        slowly(40, DEERAdjoint()),
+        slowly(40, diffrax.RecursiveCheckpointAdjoint()),
     ],
 )
 def test_windows_that_a_controller_chooses(batch, adjoint):
