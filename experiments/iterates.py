@@ -70,9 +70,13 @@ class Config:
     smoke: bool = False
 
 
+def _grid(config: Config) -> Array:
+    return jnp.linspace(0.0, config.t1, config.num_steps + 1)
+
+
 def iterate(linearization: AbstractLinearization, config: Config) -> Array:
     """All iterates, `(iteration, time, state)`, the guess first."""
-    times = jnp.linspace(0.0, config.t1, config.num_steps + 1)
+    times = _grid(config)
     xs, y0 = (times[:-1], times[1:]), _PROBLEM.y0
 
     def step(x, y):
@@ -89,9 +93,7 @@ def iterate(linearization: AbstractLinearization, config: Config) -> Array:
         before = jnp.concatenate([y0[None], ys[:-1]])
         residuals = jax.vmap(step)(xs, before) - ys
         transitions = linearize(xs, before, ys)
-        new = ys + affine_recurrence(
-            transitions, residuals, jnp.zeros_like(y0), scan=_SCAN
-        )
+        new = ys + affine_recurrence(transitions, residuals, scan=_SCAN)
         return new, new
 
     guess = jnp.broadcast_to(y0, (config.num_steps, len(y0)))
@@ -101,7 +103,7 @@ def iterate(linearization: AbstractLinearization, config: Config) -> Array:
 
 def in_sequence(config: Config) -> Array:
     """The same steps, one after another, by diffrax; `(time, state)`."""
-    times = jnp.linspace(0.0, config.t1, config.num_steps + 1)
+    times = _grid(config)
     ys = diffrax.diffeqsolve(
         _TERM,
         _SOLVER,
@@ -179,9 +181,8 @@ def main(config: Config) -> dict[str, Any]:
         "guess" if index == 0 else f"iterate {index}": each[:, 0]
         for index, each in enumerate(iterates[_DRAWN][: config.num_drawn])
     }
-    times = jnp.linspace(0.0, config.t1, config.num_steps + 1)[1:]
     drawn["Dopri5, step by step"] = exact[:, 0]
-    draw(config.out.with_suffix(".png"), times, drawn, errors)
+    draw(config.out.with_suffix(".png"), _grid(config)[1:], drawn, errors)
     results = {**head("iterates", config, str(exact.dtype)), "errors": errors}
     report(config.out, results, table(results))
     return results

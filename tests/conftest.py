@@ -12,8 +12,9 @@ _FLAG = "--xla_cpu_multi_thread_eigen"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=false".strip()
 
-# What is tested are numbers, which optimized code shares to rounding, and two thirds of
-# the time would go into optimizing. The experiments' smoke runs in `.ci/run` optimize.
+# What is tested are numbers, which optimized code shares to rounding, and up to a third
+# of the time would go into optimizing. Smoke runs, notebooks and what is marked
+# `optimized` are compiled as by users.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
