@@ -44,8 +44,9 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
 
     - `max_windows`: for how many windows, rejected ones included, there is memory to
         keep their trajectories, where their number is not known beforehand. Any more,
-        up to diffrax's `max_steps`, are right too but made step by step when they are
-        differentiated; with `SaveAt(dense=True)` they are an error.
+        up to diffrax's `max_steps`, are right too, but made one step after the other,
+        and their Newton iterations are not counted; with `SaveAt(dense=True)` they are
+        an error.
 
     **Raises:** `ValueError` for any other solver than `DEERSolver`.
 

@@ -147,17 +147,18 @@ def _call(solver: DEERSolver) -> str:
 
 
 def _what(advice: Advice) -> str:
-    solver = advice.solver
+    solver, most = advice.solver, ""
+    if advice.num_steps > _MAX_STEPS:
+        # Rejected ones count, too.
+        most = f" and max_steps={2 * advice.num_steps}"
     if not isinstance(solver, DEERSolver):
         return (
             f"Stay with the sequential solver, {_name(solver)} with "
-            f"PIDController(rtol={advice.rtol:g}, atol={advice.atol:g})."
+            f"PIDController(rtol={advice.rtol:g}, atol={advice.atol:g}){most}."
         )
     grid, windows = "WholeInterval()", ""
     if isinstance(advice.stepsize_controller, diffrax.StepTo):
-        grid = "StepTo(ts), whose ts are the steps found here"
-        if advice.num_steps > _MAX_STEPS:
-            grid += f", max_steps={advice.num_steps}"
+        grid = f"StepTo(ts), whose ts are the steps found here{most}"
         windows = " with num_steps=64"
     text = (
         f"To train, use {_call(solver)} with the stepsize controller {grid} and "

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -36,6 +37,7 @@ from ._measurement import (
     uniform_steps,
 )
 from ._solver import DEERSolver
+from ._step_map import promoted
 
 # One step of an implicit solver costs about as much as ten of an explicit one.
 _STIFF = 10
@@ -78,7 +80,8 @@ def advise(
     **Arguments:**
 
     - `terms`, `t0`, `t1`, `y0`, `args`: as for `diffrax.diffeqsolve`. One sample: where
-        you solve a batch under `jax.vmap`, pass a typical one and `batch_size`.
+        you solve a batch under `jax.vmap`, pass `batch_size` and the sample that takes
+        the most steps, since a batch takes as many.
     - `solver`: a `DEERSolver` whose inner solver, linearization and so on are to be
         used; its `num_steps` and `forward` are part of the advice. `None` means
         `Dopri5`, or `Kvaerno5` where the problem is stiff, and a linearization that
@@ -103,6 +106,7 @@ def advise(
     check_count("batch_size", batch_size)
     check_count("max_steps", max_steps)
     inner = _check_inner(solver)
+    problem = eqx.tree_at(lambda p: p.y0, problem, promoted(y0, t0, t1))
     explicit = solve_adaptively(problem, inner, rtol, atol, max_steps)
     solve = _stiff_solve(problem, explicit, rtol, atol, max_steps)
     if not solve.successful:
@@ -125,12 +129,18 @@ def advise(
         linearization=linearization,
         platform=jax.default_backend(),
     )
-    cold, warm = _iterations(problem, deer, grid, chaotic)
+    is_tried = _num_windows(grid) == 1 or (
+        not chaotic and _num_windows(grid) <= _MOST_UNEVEN_STEPS
+    )
+    cold = warm = None
+    if is_tried:
+        limited = dataclasses.replace(deer, max_iterations=_MOST_ITERATIONS)
+        cold, warm = newton_iterations(problem, limited, grid, _num_windows(grid))
     prediction = predict(model, cold, warm)
     best = None
     # `StepTo` allows all iterations that there can be: if it fails, then since the
     # steps suit one solution only.
-    suits_one_only = _num_windows(grid) > 1 and warm is None
+    suits_one_only = _num_windows(grid) > 1 and is_tried and warm is None
     if solve.num_steps >= FEW_STEPS and not suits_one_only:
         newton = None if chaotic else prediction.speedup_gradient
         best = _best(deer, newton, prediction.speedup_sequential_forward, model)
@@ -265,19 +275,6 @@ def _on_grid(
 
 def _num_windows(controller: diffrax.AbstractStepSizeController) -> int:
     return len(controller.ts) - 1 if isinstance(controller, diffrax.StepTo) else 1
-
-
-def _iterations(
-    problem: Problem,
-    deer: DEERSolver,
-    controller: diffrax.AbstractStepSizeController,
-    chaotic: bool,
-) -> tuple[int | None, int | None]:
-    num_windows = _num_windows(controller)
-    if num_windows > 1 and (chaotic or num_windows > _MOST_UNEVEN_STEPS):
-        return None, None
-    limited = dataclasses.replace(deer, max_iterations=_MOST_ITERATIONS)
-    return newton_iterations(problem, limited, controller, num_windows)
 
 
 def _best(

@@ -81,11 +81,13 @@ def check_guess(guess: diffrax.AbstractPath, t: Any, y0: Y) -> None:
     """Raises unless the path `guess` has values like `y0`."""
     shapes = lambda x: jax.tree.map(lambda leaf: jnp.shape(leaf), x)
     value = jax.eval_shape(guess.evaluate, t)
+    are_complex = lambda x: [jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x)]
     same = jax.tree.structure(value) == jax.tree.structure(y0)
+    same = same and are_complex(value) == are_complex(y0)
     if not same or jax.tree.leaves(shapes(value)) != jax.tree.leaves(shapes(y0)):
         msg = (
             "`guess.evaluate(t)` must have the structure and shapes of `y0`, which are "
-            f"{shapes(y0)}; got {shapes(value)}."
+            f"{shapes(y0)}, and be complex where it is; got {shapes(value)}."
         )
         raise ValueError(msg)
 
@@ -114,7 +116,7 @@ def check_size(num_steps: int, size: int) -> None:
         f"{num_steps * size**2:.1e} entries, too many to hold. Solve fewer steps "
         "together, or pass `linearization=DiagonalJacobian()`, "
         "`BlockDiagonalJacobian(...)` or `Picard()`, with which neither the solve nor "
-        "its derivative holds such an array."
+        "its derivative holds such an array, if the inner solver is explicit."
     )
     raise ValueError(msg)
 

@@ -142,8 +142,8 @@ def deer_scan(
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan` on a
         CPU and `AssociativeScan` elsewhere.
     - `rtol`, `atol`: tolerances of the iteration, for residual and estimated error of
-        each step relative to the norm of the carry. `None` means close to rounding,
-        eps**0.75, and zero.
+        each step, in each component relative to the largest value that it has had so
+        far. `None` means close to rounding, eps**0.75, and zero.
     - `max_iterations`: `None` means as many as there are steps, which always suffices.
     - `guess`: the carry after each step, a pytree like `init` with a leading axis
         `time`, of a previous solve for example. The result does not depend on it.
@@ -244,8 +244,6 @@ def deer_scan(
         passed_on = recurrence.program.passes_on
         solved = [c.leaves for c in found if c.is_recurrent and c.is_smooth]
         solved = [i for leaves in solved for i in leaves if not passed_on(i)]
-        # An error does not say at which step it was: then it costs nothing to watch.
-        watched = [] if throw else solved
 
         def step(carry, x):
             carry, y = f(carry, x)
@@ -253,13 +251,13 @@ def deer_scan(
             carry = jax.tree.map(
                 lambda c, s: jnp.asarray(c, s.dtype), carry, carry_shape
             )
-            return carry, (y, are_finite(jax.tree.leaves(carry), watched))
+            return carry, (y, are_finite(jax.tree.leaves(carry), solved))
 
         inputs = jax.tree.unflatten(jax.tree.structure(xs), x_leaves)
         scanned = lax.scan(step, init, inputs, length=num_steps)
         carry, (ys, finite) = scanned
         carry, ys = jax.tree.leaves(carry), jax.tree.leaves(ys)
-        okay = are_finite(carry, solved) & jnp.all(finite)
+        okay = jnp.all(finite)
         result = optx.RESULTS.where(
             okay, optx.RESULTS.successful, optx.RESULTS.nonfinite
         )

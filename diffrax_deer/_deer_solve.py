@@ -134,8 +134,8 @@ class _Framework(AbstractEquations):
         part = lax.while_loop(too_long, lambda part: part * half, 2 * half)
         return jnp.where(part > _LEAST, part * full, 0)
 
-    def sizes(self, ys):
-        return self.norms(ys)
+    def magnitudes(self, ys):
+        return jnp.abs(ys)
 
     def predict(self, ys, num_known):
         return self.hold(ys, num_known)
@@ -279,8 +279,9 @@ def deer_solve(
         are damped (Deuflhard, *Newton methods for nonlinear problems*, 2011, section
         3.3), and the solve may fail.
     - `linearization`: makes the G. With `Picard()` they are zero.
-    - `rtol`, `atol`: bounds for residual and estimated error, relative to the norm of y
-        at each point, or everywhere if not causal. `None` means eps**0.75, and zero.
+    - `rtol`, `atol`: bounds for residual and estimated error, in each component
+        relative to the largest value that it has had so far, or has anywhere if not
+        causal. `None` means eps**0.75, and zero.
     - `max_iterations`: `None` means N if `causal`, otherwise 100.
     - `throw`: whether a failed solve raises an error, at run time. Otherwise the result
         is NaN where it is not solved.

@@ -19,8 +19,9 @@ any order of modes, follow. (Differentiating one more Newton step with a stopped
 Jacobian would give the same gradient and wrong Hessians.)
 """
 
+import contextlib
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import equinox as eqx
@@ -145,7 +146,28 @@ def _solve(step_map, y0, xs, *, guess, forward, iteration, idle):
     return ys, statistics, _where(solved, more)
 
 
+_NOT_FORWARDS = (
+    "What is solved in parallel is differentiated forwards, also for a gradient, and "
+    "the vector field, or the function of a recurrence, contains a `jax.custom_vjp`, "
+    "which JAX cannot differentiate so: one of yours, or a loop of Equinox of "
+    'kind="checkpointed". Use `jax.custom_jvp`, or kind="bounded", or diffrax\'s own '
+    "solvers."
+)
+
+
+@contextlib.contextmanager
+def _explained() -> Generator[None, None, None]:
+    """Says what to do about a `jax.custom_vjp`."""
+    try:
+        yield
+    except (NotImplementedError, TypeError) as error:
+        if "custom_lin" in str(error) or "custom_vjp" in str(error):
+            raise TypeError(_NOT_FORWARDS) from error
+        raise
+
+
 @_solve.def_jvp
+@_explained()
 def _(primals, tangents, **kwargs):
     step_map, y0, xs = primals
     ys, statistics, more = _solve(step_map, y0, xs, **kwargs)

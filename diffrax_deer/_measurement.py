@@ -243,6 +243,8 @@ def newton_iterations(
 
 def evaluations_of_field(solver: diffrax.AbstractSolver) -> int:
     """How many evaluations of the field one step of the solver makes."""
+    if type(solver) is diffrax.HalfSolver:
+        return 3 * evaluations_of_field(solver.solver)
     num_stages = 6
     if isinstance(solver, diffrax.AbstractRungeKutta):
         tableau = solver.tableau

@@ -26,6 +26,7 @@ iterations is known to suffice.
 
 import abc
 import functools as ft
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -117,8 +118,8 @@ class _Window(eqx.Module):
 
     - `ys`, `(time, state)`: the current guess.
     - `residuals`, `changes`, `errors`, `(time,)`: the residual of each step before its
-        last update, that update, and the error it is estimated to leave; the last two
-        in units of the tolerance. Infinite if there was no update.
+        last update, that update, and the error it is estimated to leave, in units of
+        the tolerance, of the component that is worst. Infinite if there was no update.
     - `num_final`, `num_trusted`: leading steps that are, and all before them.
     """
 
@@ -162,8 +163,8 @@ class AbstractEquations(eqx.Module):
         """
 
     @abc.abstractmethod
-    def sizes(self, ys: States) -> Float[Array, " time"]:
-        """What the relative tolerance of each step is relative to."""
+    def magnitudes(self, ys: States) -> States:
+        """How large the components are of what each equation is about."""
 
     @abc.abstractmethod
     def predict(self, ys: States, num_known: Int[Array, ""]) -> States:
@@ -181,6 +182,18 @@ class AbstractEquations(eqx.Module):
         """How large each step of `x` is; without causality, how large all of them."""
         sizes = norm(x)
         return sizes if self.is_causal else jnp.full_like(sizes, jnp.max(sizes))
+
+    def scales(self, ys: States) -> States:
+        """What the relative tolerance of each component is relative to.
+
+        The largest value that the component has had so far, or anywhere if there is no
+        causality, but no more than the norm of the state. Not that norm itself: small
+        components beside a large one would be whatever they were guessed to be.
+        """
+        sizes = self.magnitudes(ys)
+        state = jnp.expand_dims(self.norms(sizes), -1)
+        largest = lax.cummax if self.is_causal else ft.partial(jnp.max, keepdims=True)
+        return jnp.minimum(largest(sizes, axis=0), state)
 
 
 class Recurrence(AbstractEquations):
@@ -215,8 +228,8 @@ class Recurrence(AbstractEquations):
         usable = jnp.expand_dims(usable, axes)
         return self.scan(jnp.where(usable, transitions, 0.0), residuals)
 
-    def sizes(self, ys):
-        return jnp.maximum(norm(shift(self.y0, ys)), norm(ys))
+    def magnitudes(self, ys):
+        return jnp.maximum(jnp.abs(shift(self.y0, ys)), jnp.abs(ys))
 
     def predict(self, ys, num_known):
         return self.predictor(self.step_map, self.y0, self.xs, ys, num_known)
@@ -234,10 +247,11 @@ class Recurrence(AbstractEquations):
 class NewtonIteration(eqx.Module):
     """The iteration and its tolerances.
 
-    `rtol` and `atol` bound the residual of each step and the estimate of its error,
-    relative to the norm of the state. The estimate is the last update, or less if the
-    updates have been shrinking: by ten times the rate at which they did, as is usual
-    for simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section IV.8).
+    `rtol` and `atol` bound the residual of each step and the estimate of its error, in
+    each component relative to its scale. The estimate is the last update, or less if
+    the updates have been shrinking: by ten times the rate at which they did, as is
+    usual for simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section
+    IV.8).
 
     `window` is the number of steps that are looked at at once, all of them if `None`.
     """
@@ -250,16 +264,22 @@ class NewtonIteration(eqx.Module):
     max_iterations: int | None
     window: int | None
 
-    def _tolerance(
+    def _measure(
         self, equations: AbstractEquations, ys: States
-    ) -> Float[Array, " time"]:
-        return self.atol + self.rtol * equations.sizes(ys)
+    ) -> Callable[[States], Float[Array, " time"]]:
+        """The norm of each step in units of the tolerance at `ys`."""
+        tolerance = self.atol + self.rtol * equations.scales(ys)
+        return lambda x: equations.norms(jnp.where(x == 0, 0.0, x / tolerance))
 
     def _update(
-        self, equations: AbstractEquations, window: _Window, images: States
+        self,
+        equations: AbstractEquations,
+        window: _Window,
+        images: States,
+        measure: Callable[[States], Float[Array, " time"]],
     ) -> _Window:
         """One iteration, from the first step on that is not final."""
-        index, norms = jnp.arange(len(images)), equations.norms
+        index = jnp.arange(len(images))
         first, final = index == window.num_final, index < window.num_final
         first &= equations.is_causal
         residuals = jnp.where(final[:, None], 0.0, images - window.ys)
@@ -268,20 +288,19 @@ class NewtonIteration(eqx.Module):
         # would be lost to rounding.
         ys = jnp.where(first[:, None], images, window.ys + updates)
 
-        tolerance, sizes = self._tolerance(equations, window.ys), norms(residuals)
+        sizes = measure(residuals)
         # Where the guess was right but began elsewhere, residuals were zero.
-        old = jnp.maximum(window.residuals, tolerance)
+        old = jnp.maximum(window.residuals, 1)
         good = sizes <= _MAX_GROWTH * jnp.maximum(old, _FLOOR * lax.cummax(old))
-        good |= sizes <= _SMALL * equations.sizes(ys)
+        good |= norm(residuals) <= _SMALL * norm(equations.magnitudes(ys))
         # Without causality updates are damped, and there is nothing to predict from.
         good |= first | (not equations.is_causal)
         good &= jnp.all(jnp.isfinite(ys), axis=-1)
         num_trusted = prefix(good)
         trusted = index < num_trusted
 
-        changes = jnp.maximum(norms(updates), sizes)
+        changes = jnp.maximum(measure(updates), sizes)
         known = (changes > 0) & jnp.isfinite(window.changes)
-        changes = jnp.where(changes > 0, changes / tolerance, 0.0)
         rate = jnp.where(known, changes / window.changes, 1.0)
         # What is left of a geometric series, if that is far less than the last term.
         left = _CAUTION * rate / (1 - jnp.minimum(rate, 0.5))
@@ -311,10 +330,10 @@ class NewtonIteration(eqx.Module):
         incomplete = eqxi.unvmap_any(window.num_trusted < size)
         ys = lax.cond(incomplete, predict, lambda: window.ys)
         images = equations.images(ys)
-        residuals = equations.norms(images - ys)
+        measure = self._measure(equations, ys)
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted
-        solved &= residuals <= self._tolerance(equations, ys)
+        solved &= measure(images - ys) <= 1
         num_final = prefix(solved | (jnp.arange(size) < window.num_final))
         complete = num_final == size
         # The values of the first open step are exact; if they are not finite, then no
@@ -332,9 +351,9 @@ class NewtonIteration(eqx.Module):
             window.num_trusted,
         )
         idle = complete | lost | exhausted
-        update = lambda: self._update(equations, window, images)
+        update = lambda: self._update(equations, window, images, measure)
         new = lax.cond(eqxi.unvmap_all(idle), lambda: window, update)
-        return select(idle, window, new), ~idle, lost, residuals
+        return select(idle, window, new), ~idle, lost, equations.norms(images - ys)
 
     def _slide(
         self, equations: AbstractEquations, limit: int, state: _Progress

@@ -37,7 +37,7 @@ from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConsta
 from ._newton import NewtonIteration, default_window
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._quadrature import Partition, partition
-from ._step_map import SolverStep, prepare, ravel, rounding, widest
+from ._step_map import SolverStep, prepare, promoted, ravel, rounding, widest
 from ._trajectory import Trajectory, largest_error, solve_grid
 
 
@@ -90,8 +90,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan` on a
         CPU and `AssociativeScan` elsewhere.
     - `rtol`, `atol`: tolerances of the Newton iteration, for the residual and the
-        estimated error of each step relative to the norm of the state; not those of
-        the differential equation. `None` means close to rounding, eps**0.75, and zero.
+        estimated error of each step, in each component relative to the largest value
+        that it has had so far; not those of the differential equation. `None` means
+        close to rounding, eps**0.75 of the coarsest type in the state, and zero.
     - `max_iterations`: at most this many iterations; `None` means `num_steps`, which
         always suffices. A window that has not converged is a failure, which an
         adaptive step size controller answers with a smaller window.
@@ -103,8 +104,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         `CoarsePredictor()`, which `None` means, makes a few large steps in sequence;
         `ConstantPredictor()` is the constant y0.
     - `window`: the iteration works on this many steps at once, beginning with the first
-        that has not converged; memory O(`window` D²). `None` means
-        1024 on a CPU, and elsewhere as many as have four million Jacobian entries.
+        that has not converged; memory O(`window` D²). `None` means 1024 on a CPU, and
+        elsewhere as many as have four million Jacobian entries, but at least 1024.
     - `forward`: `ParallelForward()` for Newton's method, `SequentialForward()` for one
         step after the other with the parallel gradient. `None` chooses: on a CPU the
         steps are made in sequence, and the gradient is parallel where state and batch
@@ -221,7 +222,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """No guess for the first window: a trajectory that does not leave `t0`."""
         del args
         check_noise(terms)
-        flat, _ = ravel(y0)
+        flat, _ = ravel(promoted(y0, t0, t1))
         ts = jnp.full_like(self.grid(t0, t1), t0)
         ys = jnp.broadcast_to(flat, (len(ts), flat.size))
         zero = jnp.zeros((), flat.dtype)
@@ -266,7 +267,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
             return lax.cond(same, lambda: ys[1:], interpolate)
         # The path is in the user's time, which runs backwards where this one does not.
-        direction = getattr(terms, "direction", 1)
+        is_term = lambda x: isinstance(x, diffrax.AbstractTerm)
+        first, *_ = jax.tree.leaves(terms, is_leaf=is_term)
+        direction = getattr(first, "direction", 1)
         times = ts[1:] * direction
         # A path without an end has `None` there, whatever its type says.
         ends: list[Any] = [guess.t0, guess.t1]
@@ -352,7 +355,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
         The arguments are those of `init`. **Returns:** a pytree as `y0`, of booleans.
         """
-        y0 = jax.tree.map(jnp.asarray, y0)
+        y0 = promoted(y0, t0, t1)
         parts = self.partition(terms, (t0, t1), y0, args)
         is_none = lambda x: x is None
         found = lambda y, zero: jax.tree.map(lambda _: zero is not None, y)

@@ -69,6 +69,15 @@ def ravel(y: Y) -> tuple[State, Callable[[State], Y]]:
     return flat, unravel
 
 
+def promoted(y: Y, *times: RealScalarLike) -> Y:
+    """The leaves with the type that `diffrax.diffeqsolve` gives an initial value."""
+    with jax.numpy_dtype_promotion("standard"):
+        time = jnp.result_type(*times)
+        if not jnp.issubdtype(time, jnp.floating):
+            time = jnp.result_type(float)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, time)), y)
+
+
 def rounding(y: Y) -> float:
     """The rounding unit of the coarsest floating type in `y`."""
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(y)] or [jnp.dtype("float32")]
@@ -198,7 +207,8 @@ class SolverStep(eqx.Module):
             solve = solve and eqx.filter_closure_convert(solve, x, y)
             evaluate = solve_stages
         ks, result = evaluate(field, solve, x, y, tableau=tableau)
-        y1, error = y + combine(tableau.b, ks, y), combine(tableau.b_error, ks, y)
+        y1 = self._representable(y + combine(tableau.b, ks, y))
+        error = combine(tableau.b_error, ks, y)
         if tableau.is_explicit:
             result = None
         else:
@@ -209,6 +219,15 @@ class SolverStep(eqx.Module):
             dense_info["k"] = jax.vmap(self.unravel)(jnp.stack(ks))
         stages = [stage_state(row, y, ks) for row in tableau.a]
         return StepResult(y1, error, dense_info, result, stages)
+
+    def _representable(self, y: State) -> State:
+        """Infinite where it is in a leaf, whose type may be narrower than that of y."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.unravel, y))
+        largest = lambda x: float(jnp.finfo(x.dtype).max)
+        if all(largest(x) >= largest(y) for x in leaves):
+            return y
+        as_leaves, _ = ravel(self.unravel(y))
+        return jnp.where(jnp.isfinite(as_leaves), y, as_leaves)
 
     def _implicit_stages(
         self, x: Times, y: State

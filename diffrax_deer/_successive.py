@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._causal import select
+from ._causal import prefix, select
 from ._checks import check_window_state
 from ._custom_types import States
 from ._forward import AbstractForward, SequentialForward, Strategy
@@ -122,7 +122,9 @@ def _attempt(
     event_values, mask = carry.event_values, carry.event_mask
     end = t_prev
     if windows.event is not None:
-        valid = keep & (jnp.arange(num_steps) < trajectory.statistics.num_solved)
+        num_solved = trajectory.statistics.num_solved
+        num_solved = jnp.minimum(num_solved, prefix(trajectory.okay))
+        valid = keep & (jnp.arange(num_steps) < num_solved)
         values = windows.event_values(ts[1:], trajectory.ys, unravel)
         index, mask = windows.event.first(event_values, values, valid)
         index, mask = decide("event_index", index), decide("mask", mask)
@@ -163,11 +165,13 @@ def _attempt(
 
 
 def _search(
-    windows: Windows, carry: Carry, meter: PyTree[Any], capacity: int
+    windows: Windows, carry: Carry, meter: PyTree[Any], record: Record, capacity: int
 ) -> tuple[Record, PyTree[Any]]:
-    """Chooses the first `capacity` windows, and records them; no derivatives."""
-    shape = eqx.filter_eval_shape(_attempt, windows, carry)[1]
-    records = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shape)
+    """Chooses the first `capacity` windows, and records them; no derivatives.
+
+    `record` holds the shapes.
+    """
+    records = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), record)
 
     def running(state):
         carry, *_ = state
@@ -195,14 +199,15 @@ def one_after_another(
     capacity = min(limit, windows.max_windows)
     num_chunks = 1 if windows.save_dense else -(-limit // capacity)
     limit = min(limit, num_chunks * capacity)
-    types = eqx.filter_eval_shape(_attempt, windows, carry)[0]
+    types, record, *others = eqx.filter_eval_shape(_attempt, windows, carry)
     carry = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), carry, types)
-    search = eqx.filter_closure_convert(
-        lambda carry, meter: _search(windows, carry, meter, capacity), carry, meter
-    )
+    search = lambda carry, meter: _search(windows, carry, meter, record, capacity)
+    search = eqx.filter_closure_convert(search, carry, meter)
     arrays, rest = eqx.partition((search, carry), eqx.is_array)
     search, start = eqx.combine(lax.stop_gradient(arrays), rest)
     records, meter = search(start, meter)
+
+    skipped = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(others))
 
     repeat = lambda tree, n: jax.tree.map(lambda x: jnp.repeat(x, n, 0), tree)
     nothing = windows.no_step(carry.y)
@@ -217,7 +222,7 @@ def one_after_another(
     def chunk(state):
         index, carry, times, found, ends = state
         known = True if num_chunks == 1 else index == 0
-        carry, steps, new_ends = _again(windows, carry, records, known, limit)
+        carry, steps, new_ends = _again(windows, carry, records, skipped, known, limit)
         where, here = steps.locate(windows.save_ts)
         here = here & ~found
         times = jax.vmap(select)(here, steps[where], times)
@@ -245,11 +250,14 @@ def one_after_another(
 
 
 def _again(
-    windows: Windows, carry: Carry, records: Record, known: Any, limit: int
+    windows: Windows,
+    carry: Carry,
+    records: Record,
+    skipped: tuple[Steps, Ends],
+    known: Any,
+    limit: int,
 ) -> tuple[Carry, Steps, Ends]:
-    """The windows of the records once more, differentiably."""
-    shapes = eqx.filter_eval_shape(_attempt, windows, carry)[2:]
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    """The windows of the records once more, differentiably; `skipped` if not made."""
 
     def window(carry, record):
         active = windows.running(carry) & (carry.num_steps < limit)
@@ -271,7 +279,7 @@ def _again(
         # Recomputed for the derivative, so that memory is that of trajectories,
         # not that of all that happens inside of the vector field.
         attempt = jax.checkpoint(attempt, prevent_cse=False)
-        skip = lambda carry: (carry, nothing)
+        skip = lambda carry: (carry, skipped)
         return lax.cond(eqxi.unvmap_any(active), attempt, skip, carry)
 
     carry, (steps, ends) = lax.scan(window, carry, records)

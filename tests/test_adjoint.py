@@ -12,7 +12,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 
-from diffrax_deer import DEERAdjoint, WholeInterval
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 
 from .helpers import newton_solver, problems
 
@@ -418,6 +418,28 @@ def test_an_event_before_the_solution_breaks_down_is_not_a_failure():
     )()
     assert sol.result == diffrax.RESULTS.event_occurred
     np.testing.assert_allclose(sol.ts[0], 0.8, rtol=1e-7)
+
+
+@pytest.mark.parametrize("controller", ["constant", "whole"])
+def test_a_step_that_is_not_solved_has_no_event(controller):
+    # One iteration is too few for the equations of this implicit step.
+    root_finder = diffrax.VeryChord(rtol=1e-10, atol=1e-10)
+    inner = diffrax.ImplicitEuler(root_finder=root_finder, root_find_max_steps=1)
+    controllers = {"constant": diffrax.ConstantStepSize(), "whole": WholeInterval()}
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -10 * y**3),
+        DEERSolver(inner, num_steps=16),
+        0.0,
+        1.0,
+        1.0,
+        jnp.array([1.0]),
+        stepsize_controller=controllers[controller],
+        adjoint=DEERAdjoint(),
+        event=diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0.5),
+        max_steps=8,
+        throw=False,
+    )
+    assert sol.result == diffrax.RESULTS.nonlinear_divergence
 
 
 def test_an_event_with_an_infinite_end_and_one_at_the_start():

@@ -227,6 +227,40 @@ def test_a_solver_of_ones_own_is_kept():
     assert advice.solver.num_steps > 3
 
 
+def test_many_uneven_steps_are_made_in_sequence():
+    # Too many for Newton's method to be tried, which says nothing against the steps.
+    field = lambda t, y, mu: jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+    terms = diffrax.ODETerm(field)
+    times: dict[str, Any] = dict(t0=0.0, t1=300.0)
+    y0, mu = jnp.array([2.0, 0.0]), jnp.array(8.0)
+    advice = advise(terms, y0=y0, args=mu, rtol=1e-9, atol=1e-9, **times)
+    assert advice.num_steps > 4096 and advice.warm_iterations is None
+    assert advice.speedup_sequential_forward > 1.5
+    assert isinstance(advice.solver, DEERSolver)
+    most = int(advice.recommendation.split("max_steps=")[1].split()[0])
+    sol = diffrax.diffeqsolve(
+        terms,
+        advice.solver,
+        dt0=None,
+        y0=y0,
+        args=mu,
+        stepsize_controller=advice.stepsize_controller,
+        adjoint=advice.adjoint,
+        max_steps=most,
+        **times,
+    )
+    assert sol.stats["num_accepted_steps"] == advice.num_steps
+
+
+def test_steps_that_are_doubled_and_states_of_integers():
+    solver = DEERSolver(diffrax.HalfSolver(diffrax.Heun()))
+    field = lambda t, y, args: jnp.stack([y[1], -y[0]])
+    y0 = jnp.array([1, 0])
+    advice = advise(diffrax.ODETerm(field), 0, 10, y0, solver=solver)
+    assert advice.state_size == 2
+    assert type(advice.sequential_solver) is diffrax.HalfSolver
+
+
 # ---- The model ----
 
 

@@ -1045,3 +1045,19 @@ def test_a_guess_of_another_type_is_converted():
     xs, guess = jnp.arange(5.0), jnp.ones(5, int)
     got = deer_scan(step, jnp.array(0.1), xs, guess=guess, forward=ParallelForward())
     assert relative_error(got, lax.scan(step, jnp.array(0.1), xs)) < 1e-14
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_a_carry_that_recovers_from_infinity_is_a_failure(size):
+    # Small enough for the parallel gradient, and large enough for `lax.scan` itself.
+    def step(carry, x):
+        carry = jnp.where(jnp.isfinite(carry), carry, 0.0)
+        carry = jnp.tanh(carry @ jnp.ones((size, size)) / size) + x
+        return carry, carry
+
+    xs = jnp.zeros((10, size)).at[3].set(jnp.inf)
+    run = jax.jit(ft.partial(deer_scan, step), static_argnames="throw")
+    with pytest.raises(Exception, match="infinite or NaN"):
+        jax.block_until_ready(run(jnp.zeros(size), xs, throw=True))
+    _, ys = run(jnp.zeros(size), xs, throw=False)
+    np.testing.assert_array_equal(jnp.isfinite(ys[:, 0]), jnp.arange(10) < 3)

@@ -16,6 +16,7 @@ from diffrax_deer import (
     DEERSolver,
     ExponentialRosenbrockEuler,
     FullJacobian,
+    ParallelForward,
     PiecewiseConstant,
     SequentialForward,
     WholeInterval,
@@ -210,6 +211,24 @@ def test_half_precision_keeps_its_type():
 
 
 @each_adjoint
+@pytest.mark.parametrize("forward", [ParallelForward(), SequentialForward()])
+def test_what_half_precision_cannot_hold_is_not_a_success(adjoint, forward):
+    half = lambda x: jnp.asarray(x, jnp.float16)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: jnp.tanh(y) * half(1e4)),
+        DEERSolver(num_steps=8, forward=forward),
+        half(0.0),
+        half(10.0),
+        None,
+        half([1.0, 2.0]),
+        stepsize_controller=WholeInterval(),
+        adjoint=adjoints[adjoint],
+        throw=False,
+    )
+    assert sol.result == diffrax.RESULTS.nonfinite
+
+
+@each_adjoint
 def test_sums_of_terms_and_controls_work_as_one_field(adjoint):
     control = diffrax.LinearInterpolation(
         jnp.linspace(0.0, 1.0, 5), jnp.array([0.0, 0.5, 0.2, 0.9, 1.0])
@@ -344,6 +363,88 @@ def test_any_path_is_a_guess_in_the_users_own_time(backward):
     _assert_equal(guessed.ys, cold.ys)
     cold, guessed = cold.solver_state, guessed.solver_state
     assert int(guessed.num_iterations) <= int(cold.num_iterations) - 2
+
+
+def test_a_guess_for_several_terms_backwards_in_time():
+    terms = (
+        diffrax.ODETerm(lambda t, y, args: y),
+        diffrax.ODETerm(lambda t, y, args: -jnp.sin(y)),
+    )
+
+    def run(guess, save):
+        return diffrax.diffeqsolve(
+            terms,
+            newton_solver(
+                diffrax.SemiImplicitEuler(),
+                num_steps=100,
+                guess=guess,
+                predictor=ConstantPredictor(),
+            ),
+            3.0,
+            0.0,
+            None,
+            (jnp.array([1.0]), jnp.array([0.5])),
+            stepsize_controller=WholeInterval(),
+            saveat=save,
+        )
+
+    solution = run(None, diffrax.SaveAt(dense=True))
+    state = run(solution, diffrax.SaveAt(t1=True, solver_state=True)).solver_state
+    assert int(state.num_iterations) <= 1
+
+
+@pytest.mark.parametrize("y0", [(2, 0), (np.float32(2.0), np.float32(0.0))])
+def test_a_state_of_the_solver_is_of_the_type_that_diffrax_makes(y0):
+    term = diffrax.ODETerm(lambda t, y, args: (y[1], -y[0]))
+    solver = DEERSolver(num_steps=8)
+    state = solver.init(term, 0, 1, y0, None)
+    run = lambda **kwargs: diffrax.diffeqsolve(
+        term, solver, 0, 1, None, y0, stepsize_controller=WholeInterval(), **kwargs
+    )
+    _assert_equal(run(solver_state=state).ys, run().ys)
+    assert solver.quadratures(term, 0, 1, y0) == (False, False)
+
+
+def test_a_batch_of_no_samples():
+    run = lambda solver: jax.vmap(
+        lambda y0: (
+            diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, args: -y),
+                solver,
+                0.0,
+                1.0,
+                0.5,
+                y0,
+                throw=False,
+            ).ys
+        )
+    )(jnp.zeros((0, 2)))
+    assert run(DEERSolver(num_steps=2)).shape == run(diffrax.Dopri5()).shape
+
+
+@pytest.mark.parametrize("forward", [None, ParallelForward(), SequentialForward()])
+def test_a_field_without_forward_derivative_is_explained(forward):
+    @jax.custom_vjp
+    def sine(y):
+        return jnp.sin(y)
+
+    sine.defvjp(lambda y: (sine(y), y), lambda y, c: (c * jnp.cos(y),))
+
+    def loss(rate):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: rate * sine(y)),
+            DEERSolver(num_steps=4, forward=forward),
+            0.0,
+            1.0,
+            None,
+            jnp.ones(2),
+            rate,
+            stepsize_controller=WholeInterval(),
+        )
+        return jnp.sum(jnp.asarray(sol.ys))
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.grad(loss)(jnp.array(1.0))
 
 
 def test_the_state_of_the_solver_reports_iterations_and_residual():

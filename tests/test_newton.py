@@ -419,3 +419,64 @@ def test_what_drives_the_steps_may_be_any_pytree():
     (ys, statistics), expected = _solve(newton(), step_map, y0, xs, guess)
     assert relative_error(ys[0], expected) < 1e-14
     assert result_is(statistics.result, "successful")
+
+
+# ---- Scales ----
+
+
+def _beside_something_large(large, x, y):
+    """A pendulum beside a component that is larger by many orders of magnitude."""
+    step = x[1] - x[0]
+
+    def field(y):
+        p, q, v = y
+        return jnp.stack([-0.1 * p, v, -10.5 * jnp.sin(q) * (p / large)])
+
+    half = y + step / 2 * field(y)
+    return y + step * field(half)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(jnp.float32, 1e6), (jnp.float64, 1e10), (jnp.float64, 1e-10)]
+)
+@pytest.mark.parametrize("start", ["constant", "warm"])
+def test_small_components_converge_beside_large_ones(dtype, large, start):
+    large = jnp.asarray(large, dtype)
+    step_map = StepMap(ft.partial(_beside_something_large, large))
+    ts = jnp.linspace(0.0, 10.0, 301, dtype=dtype)
+    y0 = jnp.stack([large, jnp.ones((), dtype), jnp.zeros((), dtype)])
+    xs = ts[:-1], ts[1:]
+    guess = constant_guess(y0, 300)
+    if start == "warm":
+        # The large component is right, and the small ones are not.
+        other = sequential(step_map, y0.at[1].set(1.3), xs)
+        guess = other.at[:, 0].set(sequential(step_map, y0, xs)[:, 0])
+    rtol = float(jnp.finfo(dtype).eps) ** 0.75
+    iteration = dataclasses.replace(newton(), rtol=rtol, atol=0.0)
+    ys, statistics = jax.jit(ft.partial(iteration, step_map))(y0, xs, guess)
+    assert bool(result_is(statistics.result, "successful"))
+    expected = sequential(step_map, y0, xs)
+    for found, wanted in zip(ys.T, expected.T, strict=True):
+        assert relative_error(found, wanted) < 100 * rtol
+    assert int(statistics.num_iterations) < 60
+
+
+def test_a_component_that_is_nothing_but_rounding_is_right_too():
+    # What feeds on the difference of two that are equal, but for rounding.
+    def step(x, y):
+        a, b, c = y
+        a, b = a + (0.3 * jnp.cos(a) + x), (b + 0.1 * jnp.cos(b)) + 0.2 * jnp.cos(b) + x
+        return jnp.stack([a, b + 0.1 * c, 0.9 * c + (a / 3 - b / 3)])
+
+    y0 = jnp.array([0.3, 0.3, 0.0], jnp.float32)
+    xs = jnp.sin(jnp.arange(300, dtype=jnp.float32)) / 10
+    rtol = float(jnp.finfo(jnp.float32).eps) ** 0.75
+    iteration = dataclasses.replace(newton(), rtol=rtol, atol=0.0)
+    solve = jax.jit(ft.partial(iteration, StepMap(step)))
+    ys, statistics = solve(y0, xs, constant_guess(y0, 300))
+    assert bool(result_is(statistics.result, "successful"))
+    assert int(statistics.num_iterations) <= 300
+    expected = sequential(StepMap(step), y0, xs)
+    assert 0 < float(jnp.max(jnp.abs(expected[:, 2]))) < 1e-5
+    for found, wanted in zip(ys.T, expected.T, strict=True):
+        assert relative_error(found, wanted) < 1e-4

@@ -19,6 +19,7 @@ from diffrax_deer import (
     SequentialForward,
     WholeInterval,
 )
+from diffrax_deer._step_map import prepare
 
 from .helpers import linearizations, newton_solver, primitives, relative_error, slowly
 from .oracle import all_adjoints, assert_equal, one_by_one
@@ -320,6 +321,33 @@ def test_nothing_but_quadratures():
     )(jnp.zeros(3), jnp.array(5.0))
     np.testing.assert_allclose(sol.ys[-1], 1.0, rtol=1e-14)
     assert sol.stats["num_newton_iterations"] == 0
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [diffrax.ImplicitEuler(), diffrax.Kvaerno3(), ExponentialRosenbrockEuler()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_nothing_but_quadratures_by_a_solver_that_needs_equations(solver):
+    term = diffrax.ODETerm(lambda t, y, a: jnp.cos(a * t) * jnp.ones(2))
+    run = lambda solver, steps: jax.jit(
+        lambda rate: (
+            diffrax.diffeqsolve(
+                term,
+                solver,
+                0.0,
+                1.0,
+                None,
+                jnp.zeros(2),
+                rate,
+                stepsize_controller=steps,
+            ).ys
+        )
+    )(jnp.array(2.0))
+    steps = diffrax.StepTo(jnp.linspace(0.0, 1.0, 9))
+    expected = run(prepare(solver, 1e-16), steps)
+    found = run(newton_solver(solver, num_steps=8), WholeInterval())
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
 @pytest.mark.slow
