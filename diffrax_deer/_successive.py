@@ -54,17 +54,12 @@ class Record(eqx.Module):
 
 
 class _Recorded(AbstractForward):
-    """The guess is known to be the solution, or else this is found in sequence."""
+    """The guess is known to be the solution."""
 
-    known: bool | Bool[Array, ""]
     statistics: Statistics
 
     def __call__(self, step_map, y0, xs, guess, iteration):
-        recorded = lambda: (guess, self.statistics)
-        if self.known is True:
-            return *recorded(), None
-        find = lambda: SequentialForward()(step_map, y0, xs, guess, iteration)[:2]
-        return *lax.cond(eqxi.unvmap_all(self.known), recorded, find), None
+        return guess, self.statistics, None
 
 
 def _attempt(
@@ -72,15 +67,11 @@ def _attempt(
     carry: Carry,
     forward: AbstractForward | Strategy | None = None,
     record: Record | None = None,
-    known: bool | Bool[Array, ""] = False,
 ) -> tuple[Carry, Record, Steps, Ends]:
-    """One window; its decisions are those of `record` if it is `known`."""
+    """One window; its decisions are those of `record`, if there is one."""
 
     def decide(name, new):
-        if record is None:
-            return new
-        old = getattr(record, name)
-        return old if known is True else select(jnp.asarray(known), old, new)
+        return new if record is None else getattr(record, name)
 
     def pin(name, t):
         # The recorded value, with the derivative of the one computed again.
@@ -207,8 +198,9 @@ def one_after_another(
     search, start = eqx.combine(lax.stop_gradient(arrays), rest)
     records, meter = search(start, meter)
 
-    skipped = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(others))
-
+    skipped = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), _wanted(windows, *others)
+    )
     repeat = lambda tree, n: jax.tree.map(lambda x: jnp.repeat(x, n, 0), tree)
     nothing = windows.no_step(carry.y)
     times = repeat(nothing, len(windows.save_ts))
@@ -219,62 +211,87 @@ def one_after_another(
         ends = Ends(t, t, nothing.y1s, count, nothing.taken)
         ends = repeat(ends, num_chunks * capacity)
 
-    def chunk(state):
+    def chunk(state, records):
         index, carry, times, found, ends = state
-        known = True if num_chunks == 1 else index == 0
-        carry, steps, new_ends = _again(windows, carry, records, skipped, known, limit)
-        where, here = steps.locate(windows.save_ts)
-        here = here & ~found
-        times = jax.vmap(select)(here, steps[where], times)
+        carry, steps, new_ends = _again(
+            windows, carry, records, skipped, capacity, limit
+        )
+        if len(found) > 0:
+            where, here = steps.locate(windows.save_ts)
+            here = here & ~found
+            times = jax.vmap(select)(here, steps[where], times)
+            found = found | here
         if ends is not None:
             update = lambda b, x: lax.dynamic_update_slice_in_dim(
                 b, x, index * capacity, axis=0
             )
             ends = jax.tree.map(update, ends, new_ends)
-        return (index + 1, carry, times, found | here, ends), steps
+        return (index + 1, carry, times, found, ends), steps
 
-    state = jnp.array(0, int), carry, times, found, ends
-    if num_chunks == 1:
-        (_, carry, times, found, ends), steps = chunk(state)
-        if windows.save_dense:
-            return Outcome(carry, steps, *steps.locate(windows.save_ts), ends), meter
-    else:
-        _, carry, times, found, ends = eqxi.while_loop(
-            lambda state: windows.running(state[1]) & (state[1].num_steps < limit),
-            lambda state: chunk(state)[0],
-            state,
-            max_steps=num_chunks,
-            kind="bounded",
+    def is_unfinished(state):
+        return windows.running(state[1]) & (state[1].num_steps < limit)
+
+    # Made again for the derivative: else the memory for what is hardly ever needed
+    # would be filled with zeros, which takes several times as long as all the rest.
+    @jax.checkpoint
+    def others_in_sequence(state):
+        step = lambda state: chunk(state, None)[0]
+        most = num_chunks - 1
+        return eqxi.while_loop(
+            is_unfinished, step, state, max_steps=most, kind="bounded"
         )
+
+    state, steps = chunk((jnp.array(0, int), carry, times, found, ends), records)
+    if num_chunks > 1:
+        state = lax.cond(
+            eqxi.unvmap_any(is_unfinished(state)),
+            others_in_sequence,
+            lambda state: state,
+            state,
+        )
+    _, carry, times, found, ends = state
+    if windows.save_dense:
+        where, found = steps.locate(windows.save_ts)
+        return Outcome(carry, steps, where, found, ends), meter
     return Outcome(carry, times, jnp.arange(len(found)), found, ends), meter
+
+
+def _wanted(windows: Windows, steps: Any, ends: Any) -> tuple[Any, Any]:
+    """What has to be kept of each window, beside its end."""
+    has_times = windows.save_dense or len(windows.save_ts) > 0
+    return steps if has_times else None, ends if windows.save_ends else None
 
 
 def _again(
     windows: Windows,
     carry: Carry,
-    records: Record,
-    skipped: tuple[Steps, Ends],
-    known: Any,
+    records: Record | None,
+    skipped: tuple[Any, Any],
+    num_windows: int,
     limit: int,
-) -> tuple[Carry, Steps, Ends]:
-    """The windows of the records once more, differentiably; `skipped` if not made."""
+) -> tuple[Carry, Any, Any]:
+    """The next windows, differentiably: those of the records, or new ones in sequence.
+
+    Also what is `_wanted` of each; `skipped` if there is nothing left to do.
+    """
 
     def window(carry, record):
         active = windows.running(carry) & (carry.num_steps < limit)
 
         def attempt(carry):
-            # What has nothing left to do, in a batch, must not make NaNs.
-            num_solved = jnp.where(active, record.statistics.num_solved, 0)
-            statistics = eqx.tree_at(
-                lambda s: s.num_solved, record.statistics, num_solved
-            )
-            forward = _Recorded(known, statistics)
+            forward = SequentialForward()
+            if record is not None:
+                # What has nothing left to do, in a batch, must not make NaNs.
+                num_solved = jnp.where(active, record.statistics.num_solved, 0)
+                forward = _Recorded(
+                    eqx.tree_at(lambda s: s.num_solved, record.statistics, num_solved)
+                )
             if windows.solver.forward is None:
                 forward = Strategy(forward)
-            new, _, steps, end = _attempt(windows, carry, forward, record, known)
+            new, _, steps, end = _attempt(windows, carry, forward, record)
             steps = eqx.tree_at(lambda s: s.taken, steps, steps.taken & active)
             end = eqx.tree_at(lambda e: e.kept, end, end.kept & active)
-            return select(active, new, carry), (steps, end)
+            return select(active, new, carry), _wanted(windows, steps, end)
 
         # Recomputed for the derivative, so that memory is that of trajectories,
         # not that of all that happens inside of the vector field.
@@ -282,7 +299,7 @@ def _again(
         skip = lambda carry: (carry, skipped)
         return lax.cond(eqxi.unvmap_any(active), attempt, skip, carry)
 
-    carry, (steps, ends) = lax.scan(window, carry, records)
+    carry, (steps, ends) = lax.scan(window, carry, records, length=num_windows)
     flatten = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     return carry, jax.tree.map(flatten, steps), ends
 
