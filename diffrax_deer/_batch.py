@@ -25,7 +25,8 @@ def _counter(count: int) -> Callable:
     def _(size: int, is_batched: Any, arrays: list[Array]) -> tuple[Array, bool]:
         (flags,) = is_batched
         pairs = zip(arrays, flags, strict=True)
-        one = lambda x: jnp.zeros(x.shape[1:], x.dtype)
+        # Whoever else maps it must still be able to see that.
+        one = lambda x: x[0] if size else jnp.zeros(x.shape[1:], x.dtype)
         arrays = [one(x) if batched else x for x, batched in pairs]
         return _counter(count * size)(arrays), False
 

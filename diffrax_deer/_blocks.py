@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import check_count
-from ._custom_types import State
+from ._custom_types import Arranged, State
 from ._linearization import (
     AbstractLinearization,
     StepMap,
@@ -55,11 +55,11 @@ class Layout(eqx.Module):
         """Whether the state is its blocks, all of one size, one after the other."""
         return np.array_equal(self.index.reshape(-1), np.arange(self.size))
 
-    def arrange(self, y: State) -> State:
+    def arrange(self, y: State) -> Arranged:
         """The blocks one after the other, filled up with zeros to the same size."""
         return y.at[self.index.reshape(-1)].get(mode="fill", fill_value=0)
 
-    def restore(self, arranged: State) -> State:
+    def restore(self, arranged: Arranged) -> State:
         """The inverse of `arrange`."""
         return arranged[np.argsort(self.index.reshape(-1), kind="stable")[: self.size]]
 

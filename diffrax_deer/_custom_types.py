@@ -16,6 +16,11 @@ DenseInfo: TypeAlias = dict[str, PyTree[Array]]
 IntScalarLike: TypeAlias = int | Array | np.ndarray
 Matrix: TypeAlias = Float[Array, "state state"]
 RealScalarLike: TypeAlias = float | int | Array | np.ndarray
+# The components that depend on each other, and the quadratures; those in blocks.
+Coupled: TypeAlias = Float[Array, " coupled"]
+CoupledStates: TypeAlias = Float[Array, "time coupled"]
+Rest: TypeAlias = Float[Array, " rest"]
+Arranged: TypeAlias = Float[Array, " arranged"]
 State: TypeAlias = Float[Array, " state"]
 States: TypeAlias = Float[Array, "time state"]
 Transition: TypeAlias = (

@@ -20,7 +20,7 @@ class WindowInterpolation(diffrax.AbstractLocalInterpolation):
 
     t0: RealScalarLike
     t1: RealScalarLike
-    ts: Float[Array, " time+1"]
+    ts: Float[Array, " times"]
     infos: PyTree[Array]
     interpolation_cls: Callable = eqx.field(static=True)
 
@@ -55,7 +55,7 @@ class WindowInterpolations(eqx.Module):
         *,
         t0: RealScalarLike,
         t1: RealScalarLike,
-        ts: Float[Array, " time+1"],
+        ts: Float[Array, " times"],
         infos: DenseInfo,
     ) -> WindowInterpolation:
         """The arguments are the entries of the dense information of one window."""

@@ -43,13 +43,13 @@ class Adaptive(eqx.Module):
     """An adaptive sequential solve.
 
     - `solver`: which made it.
-    - `ts`, `(time + 1,)`: the ends of the accepted steps, `t0` first.
+    - `ts`, `(times,)`: the ends of the accepted steps, `t0` first.
     - `y0`: the initial value, of the type that diffrax gives it.
     - `successful`: whether it came to `t1`.
     """
 
     solver: diffrax.AbstractSolver
-    ts: Float[np.ndarray, " time+1"]
+    ts: Float[np.ndarray, " times"]
     y0: Y
     successful: bool
 

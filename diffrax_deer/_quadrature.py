@@ -22,7 +22,16 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._causal import hold, prefix
-from ._custom_types import Args, RealScalarLike, State, States, Y
+from ._custom_types import (
+    Args,
+    Coupled,
+    CoupledStates,
+    RealScalarLike,
+    Rest,
+    State,
+    States,
+    Y,
+)
 from ._dataflow import influences, without_dead_code
 from ._exponential import ExponentialRosenbrockEuler
 from ._implicit import linearization_points
@@ -90,19 +99,19 @@ class Partition(eqx.Module):
         nothing = jax.tree.map(lambda _: None, self.zeros)
         return Partition(self.whole, self.whole, nothing)
 
-    def split(self, y: State) -> tuple[State, State]:
+    def split(self, y: State) -> tuple[Coupled, Rest]:
         """The parts z, `(coupled,)`, and q, `(rest,)`, of a state `(state,)`."""
         is_none = lambda x: x is None
         mask = jax.tree.map(is_none, self.zeros, is_leaf=is_none)
         z, q = eqx.partition(self.whole.unravel(y), mask)
         return ravel(z)[0], ravel(q)[0]
 
-    def join(self, z: State, q: State) -> State:
+    def join(self, z: Coupled, q: Rest) -> State:
         """The inverse of `split`."""
         rest = ravel(self.zeros)[1](q)
         return ravel(eqx.combine(self.coupled.unravel(z), rest))[0]
 
-    def increment(self, x: Times, z: State, stages: list[State]) -> State:
+    def increment(self, x: Times, z: Coupled, stages: list[Coupled]) -> Rest:
         """What a step from `z`, `(coupled,)`, adds to q, `(rest,)`.
 
         `stages` are those of the step of z, each `(coupled,)`.
@@ -124,8 +133,8 @@ class Partition(eqx.Module):
         self,
         y0: State,
         xs: PyTree[Array],
-        zs: States,
-        stages: list[States],
+        zs: CoupledStates,
+        stages: list[CoupledStates],
         statistics: Statistics,
         idle: PyTree[Array],
         may_be_rejected: bool,

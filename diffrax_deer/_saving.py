@@ -70,7 +70,7 @@ def interpolate(
 
 def dense(
     inner: SolverStep, steps: Steps, t0: RealScalarLike, contiguous: bool
-) -> tuple[Float[Array, " time+1"], DenseInfo, Int[Array, ""]]:
+) -> tuple[Float[Array, " times"], DenseInfo, Int[Array, ""]]:
     """Times, dense information and number of the steps, each one a window of its own.
 
     `contiguous` if the steps that have been taken come before all others.

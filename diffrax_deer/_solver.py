@@ -48,14 +48,14 @@ class WindowState(eqx.Module):
     pass it on with `SaveAt(solver_state=True)` and `diffeqsolve(..., solver_state=...)`
     to start the next training step warm. Beyond its end it is constant.
 
-    - `ts`, `(time + 1,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
+    - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
         in the solver's own (increasing) time and ravelled state.
     - `num_iterations`: the Newton iterations of the last window.
     - `residual`: its largest residual, in the units of y.
     """
 
-    ts: Float[Array, " time+1"]
-    ys: Float[Array, "time+1 state"]
+    ts: Float[Array, " times"]
+    ys: Float[Array, "times state"]
     num_iterations: Int[Array, ""]
     residual: Float[Array, ""]
 
@@ -207,7 +207,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The vector field."""
         return self.solver.func(terms, t0, y0, args)
 
-    def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " time+1"]:
+    def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " times"]:
         """The times of the steps of the window from `t0` to `t1`."""
         return jnp.linspace(t0, t1, self.num_steps + 1)
 
@@ -252,7 +252,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     def _guess(
         self,
         terms: PyTree[diffrax.AbstractTerm],
-        ts: Float[Array, " time+1"],
+        ts: Float[Array, " times"],
         y0: Y,
         state: WindowState,
     ) -> Float[Array, "time state"]:
@@ -290,7 +290,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     def trajectory(
         self,
         terms: PyTree[diffrax.AbstractTerm],
-        ts: Float[Array, " time+1"],
+        ts: Float[Array, " times"],
         y0: Y,
         args: Args,
         solver_state: WindowState,
@@ -388,7 +388,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
 
 def _interpolated(
-    old: Float[Array, " known"], ys: States, new: Float[Array, " time"]
+    old: Float[Array, " known"],
+    ys: Float[Array, "known state"],
+    new: Float[Array, " time"],
 ) -> Float[Array, "time state"]:
     """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
     # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.

@@ -22,9 +22,7 @@ from ._windows import (
 )
 
 
-def together(
-    windows: Windows, carry: Carry, knots: Float[Array, " windows+1"]
-) -> Outcome:
+def together(windows: Windows, carry: Carry, knots: Float[Array, " knots"]) -> Outcome:
     """One Newton solve of all windows; `knots` are their ends."""
     num_windows, num_steps = len(knots) - 1, windows.solver.num_steps
     grids = jax.vmap(windows.solver.grid)(knots[:-1], knots[1:])

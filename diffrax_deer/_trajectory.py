@@ -38,7 +38,7 @@ class Trajectory(eqx.Module):
     """All steps of a diffrax solver on a grid of times.
 
     - `inner`: the step.
-    - `ts`, `(time + 1,)`: the grid, increasing.
+    - `ts`, `(times,)`: the grid, increasing.
     - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
     - `statistics`: of the solve. Steps that it did not solve hold the last good state.
     - `errors`, `(time, state)`, or `None`: the estimates of the error of each step.
@@ -49,7 +49,7 @@ class Trajectory(eqx.Module):
     """
 
     inner: SolverStep
-    ts: Float[Array, " time+1"]
+    ts: Float[Array, " times"]
     y0: State
     ys: States
     statistics: Statistics
@@ -78,7 +78,7 @@ class Trajectory(eqx.Module):
 
 def solve_grid(
     parts: Partition,
-    ts: Float[Array, " time+1"],
+    ts: Float[Array, " times"],
     y0: State,
     guess: States,
     forward: AbstractForward | Strategy,
@@ -130,7 +130,7 @@ def _fastest(
 
 def _solve_grid(
     parts: Partition,
-    ts: Float[Array, " time+1"],
+    ts: Float[Array, " times"],
     y0: State,
     guess: States,
     forward: AbstractForward,

@@ -137,7 +137,7 @@ class Windows(eqx.Module):
         """One inner step."""
         return self.solver.inner_step(self.terms, y, self.args)
 
-    def knots(self, t_next: RealScalarLike) -> Float[Array, " windows+1"] | None:
+    def knots(self, t_next: RealScalarLike) -> Float[Array, " knots"] | None:
         """The ends of the windows, if they are known beforehand.
 
         `t_next` is the first of them, of which diffrax has checked that it is right.
