@@ -73,7 +73,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
         )
 
-    `PIDController` chooses the windows, such that each inner step meets the tolerance.
+    `PIDController` chooses the windows, such that each inner step meets the tolerance;
+    let `num_steps` be well below the number of steps that this takes.
     With a constant step size each `dt0` is a window of its own, right but sequential:
     use `WholeInterval()`, which makes the whole interval one window.
 

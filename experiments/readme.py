@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import (
+    adaptive,
     cnf,
     convergence,
     deer_adjoint,
@@ -37,6 +38,12 @@ def _neural_ode_classifier(results: dict[str, Any]) -> str:
         f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
     )
     return _measured(table, what, results)
+
+
+def _adaptive(results: dict[str, Any]) -> str:
+    config = results["config"]
+    what = f"tolerance {config['tolerance']:g}, {config['repeats']} repeats"
+    return _measured(adaptive.table(results), what, results)
 
 
 def _deer_adjoint(results: dict[str, Any]) -> str:
@@ -181,6 +188,7 @@ def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
 _SOURCES = {"rnn_speed": "benchmark", "goals": "benchmark"}
 _TABLES = {
     "neural_ode_classifier": _neural_ode_classifier,
+    "adaptive": _adaptive,
     "deer_adjoint": _deer_adjoint,
     "iterates": _iterates,
     "convergence": _convergence,

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import signal
@@ -15,6 +16,7 @@ import optax
 import pytest
 import tyro
 
+from experiments import adaptive
 from experiments.common import results as results_module
 from experiments.common.checkpoint import (
     check_same_config,
@@ -447,3 +449,25 @@ def test_smoke(tmp_path, data_dir):
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
     check_resumption(_MODULE, tmp_path, *_TINY, "--data-dir", data_dir)
+
+
+def test_only_the_solver_changed_has_the_errors_of_the_tolerance():
+    problem = adaptive._problems()["fitzhugh_nagumo"]
+    y0s = jnp.asarray([problem.y0], jnp.float32)
+    exact = diffrax.Dopri8(), diffrax.DirectAdjoint()
+    found = {}
+    for name in ("DEERSolver(num_steps=8)", "exact"):
+        method = exact if name == "exact" else adaptive._METHODS[name]
+        tolerance = 1e-6 if name == "exact" else 1e-5
+        function = adaptive.make_function(problem, method, tolerance)
+        found[name] = function(problem.params, y0s)
+    ((value, _), gradient), ((expected, _), wanted) = found.values()
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    np.testing.assert_allclose(gradient, wanted, rtol=2e-2)
+
+
+def test_settings_of_the_adaptive_comparison_that_make_no_sense(tmp_path):
+    base = adaptive.Config(out=tmp_path / "results.json")
+    for changes in ({"repeats": 0}, {"tolerance": 2.0}, {"batch_sizes": ()}):
+        with pytest.raises(ExperimentError):
+            adaptive.main(dataclasses.replace(base, **changes))
