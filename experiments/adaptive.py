@@ -144,7 +144,8 @@ def measure(config: Config) -> dict[str, Any]:
         msg = "--repeats must be at least 1, and --tolerance between 0 and 1."
         raise ExperimentError(msg)
     cells = []
-    for name, problem in _problems().items():
+    problems = list(_problems().items())
+    for name, problem in problems[:1] if config.smoke else problems:
         for batch_size in config.batch_sizes:
             cell = {"problem": name, "title": problem.title}
             cells.append(cell | _cell(problem, batch_size, config))
