@@ -189,9 +189,8 @@ def partition(
         product = lambda y: inner.terms.vf_prod(x[0], y, inner.args, control)
         is_coupled = influences(product, y)
         tableau = tableau_of(solver)
-        if not any(jax.tree.leaves(is_coupled)) and not (
-            tableau is not None and tableau.is_explicit
-        ):
+        is_explicit = tableau is not None and tableau.is_explicit
+        if not is_explicit and not any(jax.tree.leaves(is_coupled)):
             # What solves equations of its own cannot solve none.
             is_coupled = jax.tree.map(lambda _: True, y)
     z, q = eqx.partition(y, is_coupled)

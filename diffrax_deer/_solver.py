@@ -117,8 +117,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         used where its steps are made in sequence.
 
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range, at
-    construction; for terms with noise and for a guess of another structure than y0, at
-    trace time. A failed solve is a `diffrax.RESULTS`.
+    construction; for terms with noise, for a guess of another structure than y0, and
+    for a derivative of a field with a `jax.custom_vjp`, at trace time. A failed solve
+    is a `diffrax.RESULTS`.
 
     **Cost** of N steps and a state of D real components, with Newton's method: a third
     of the steps in sequence for the prediction, where there is no guess; then each

@@ -546,6 +546,12 @@ def test_a_guess_of_another_structure_is_refused():
         _solve(newton_solver(guess=guess), WholeInterval())
 
 
+def test_a_real_guess_of_a_complex_state_is_refused():
+    guess = diffrax.LinearInterpolation(jnp.array([0.0, 1.0]), jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match="be complex where it is"):
+        _solve(newton_solver(guess=guess), WholeInterval(), y0=jnp.array([1j, 0j]))
+
+
 def test_a_controller_without_error_estimate_is_refused_by_diffrax():
     controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="does not provide error estimates"):

@@ -475,7 +475,6 @@ def test_a_component_that_is_nothing_but_rounding_is_right_too():
     solve = jax.jit(ft.partial(iteration, StepMap(step)))
     ys, statistics = solve(y0, xs, constant_guess(y0, 300))
     assert bool(result_is(statistics.result, "successful"))
-    assert int(statistics.num_iterations) <= 300
     expected = sequential(StepMap(step), y0, xs)
     assert 0 < float(jnp.max(jnp.abs(expected[:, 2]))) < 1e-5
     for found, wanted in zip(ys.T, expected.T, strict=True):
