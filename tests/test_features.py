@@ -549,7 +549,10 @@ def test_a_guess_of_another_structure_is_refused():
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
 def test_a_real_guess_of_a_complex_state_is_refused():
     guess = diffrax.LinearInterpolation(jnp.array([0.0, 1.0]), jnp.zeros((2, 2)))
-    with pytest.raises(ValueError, match="be complex where it is"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match="be complex where it is"),
+    ):
         _solve(newton_solver(guess=guess), WholeInterval(), y0=jnp.array([1j, 0j]))
 
 
