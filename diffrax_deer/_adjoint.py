@@ -17,6 +17,11 @@ from ._successive import one_after_another
 from ._together import together
 from ._windows import Carry, Outcome, Windows, as_arrays
 
+# What is kept of windows whose number is not known. More takes time, to fill it with
+# zeros, and memory, in each sample of a batch.
+_MOST_ENTRIES = 2**15
+_LEAST_WINDOWS = 128
+
 
 class DEERAdjoint(diffrax.AbstractAdjoint):
     r"""Solves and differentiates `DEERSolver`'s windows in parallel.
@@ -29,6 +34,9 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         after another, as the controller chooses them;
     - value and gradient together take one Newton solve a window, since the converged
         trajectory is kept;
+    - windows of `PIDController` and `ConstantStepSize` are differentiated many at a
+        time, however short they are: `DEERSolver(num_steps=1)` makes the steps that
+        its inner solver would make, with a gradient that is parallel in time;
     - events are looked for at every inner step, not only at the ends of windows, and
         the solution ends at the first one, or at its root inside of that step.
 
@@ -46,7 +54,8 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         keep their trajectories, where their number is not known beforehand. Any more,
         up to diffrax's `max_steps`, are right too, but made one step after the other,
         and their Newton iterations are not counted; with `SaveAt(dense=True)` they are
-        an error.
+        an error. Half of the time to compile is theirs, and is saved if `max_steps` is
+        not larger. `None`: as many as have 2^15 numbers, and at least 128.
 
     **Raises:** `ValueError` for any other solver than `DEERSolver`.
 
@@ -57,10 +66,11 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
     above 16 and the linearization is not dense.
     """
 
-    max_windows: int = 128
+    max_windows: int | None = None
 
     def __check_init__(self):
-        check_count("max_windows", self.max_windows)
+        if self.max_windows is not None:
+            check_count("max_windows", self.max_windows)
 
     def loop(
         self,
@@ -89,6 +99,10 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         subs = jax.tree.leaves(saveat.subs, is_leaf=is_sub)
         all_ts = [sub.ts for sub in subs if sub.ts is not None]
         all_ts = jnp.concatenate([jnp.asarray(t0)[None][:0], *all_ts])
+        max_windows = self.max_windows
+        if max_windows is None:
+            num_entries = solver.num_steps * max(1, ravel(init_state.y)[0].size)
+            max_windows = max(_LEAST_WINDOWS, _MOST_ENTRIES // num_entries)
         search = None
         if event is not None:
             call = lambda function, t, y: function(
@@ -116,7 +130,7 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
             t1=t1,
             save_ts=all_ts,
             max_steps=max_steps,
-            max_windows=self.max_windows,
+            max_windows=max_windows,
             save_ends=any(sub.steps != 0 for sub in subs),
             save_dense=saveat.dense,
         )
@@ -155,10 +169,10 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         if saveat.dense:
             contiguous = knots is not None
             dense_ts, dense_infos, index = dense(inner, outcome.steps, t0, contiguous)
-            if not contiguous and throw and self.max_windows < max_steps:
+            if not contiguous and throw and max_windows < max_steps:
                 msg = (
                     "`SaveAt(dense=True)` with `DEERAdjoint` keeps at most "
-                    f"`max_windows={self.max_windows}` windows, rejected ones "
+                    f"`max_windows={max_windows}` windows, rejected ones "
                     "included, and the solve took more. Pass a larger `max_windows` to "
                     "`DEERAdjoint`, or take fewer windows: a larger `dt0`, more "
                     "`num_steps`, `PIDController` or `WholeInterval`."

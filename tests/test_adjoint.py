@@ -48,7 +48,7 @@ def _saveat(forms: Sequence[str], ts: Any) -> diffrax.SaveAt:
 def _solve(parameters, forms, controller, adjoint, **kwargs: Any):
     p = parameters
     at = lambda fraction: p["t0"] + (p["t1"] - p["t0"]) * fraction
-    weight, dt0 = p["weight"], 0.7 * p["weight"]
+    weight, dt0 = p["weight"], kwargs.pop("dt0", 0.7) * p["weight"]
     knots = jnp.concatenate([p["t0"][None], at(jnp.array([0.2, 0.6])), p["t1"][None]])
     controllers: dict[str, Any] = {
         "whole": WholeInterval(),
@@ -81,13 +81,15 @@ def _losses(parameters, controller, adjoint, forms=_FORMS):
         ts = t0 + (t1 - t0) * parameters["fractions"]
         outputs["dense"] = jax.vmap(sol.evaluate)(ts), jax.vmap(sol.derivative)(ts)
 
-    def loss(output):
-        # What has not been saved is infinite, and counts for nothing.
-        leaves = [jnp.where(jnp.isfinite(x), x, 0) for x in jax.tree.leaves(output)]
-        flat = jnp.concatenate([x.ravel() for x in leaves])
-        return jnp.sum(flat**2 * jnp.linspace(1, 2, flat.size))
+    return {form: _number(output) for form, output in outputs.items()}
 
-    return {form: loss(output) for form, output in outputs.items()}
+
+def _number(output):
+    """A number that depends on all that has been saved."""
+    # What has not been is infinite, and counts for nothing.
+    leaves = [jnp.where(jnp.isfinite(x), x, 0) for x in jax.tree.leaves(output)]
+    flat = jnp.concatenate([x.ravel() for x in leaves])
+    return jnp.sum(flat**2 * jnp.linspace(1, 2, flat.size))
 
 
 def _assert_close(a, b, rtol=1e-9):
@@ -514,3 +516,77 @@ def test_a_warm_start_survives_windows_solved_together():
     assert int(warm.stats["num_newton_iterations"]) == 1
     assert int(cold.stats["num_newton_iterations"]) > 1
     _assert_close(warm.ys, cold.ys)
+
+
+# Some windows are rejected, and there are more than are differentiated at once.
+_SHORT = DEERSolver(diffrax.Bosh3(), num_steps=1)
+
+
+@pytest.mark.parametrize("controller", ["pid", "constant"])
+def test_windows_of_one_step_are_the_steps_of_the_inner_solver(controller):
+    def losses(p, solver, adjoint):
+        sol = _solve(
+            p, _FORMS, controller, adjoint, solver=solver, max_steps=64, dt0=0.1
+        )
+        t0, t1 = p["t0"], p["t1"]
+        ts = t0 + (t1 - t0) * p["fractions"]
+        dense = jax.vmap(sol.evaluate)(ts), jax.vmap(sol.derivative)(ts)
+        saved = {f: (sol.ts[f], sol.ys[f]) for f in _FORMS if f != "dense"}
+        values = {f: _number(x) for f, x in (saved | {"dense": dense}).items()}
+        return values, (values, sol.stats["num_steps"], sol.stats["num_rejected_steps"])
+
+    @jax.jit
+    def both(p):
+        of = lambda *which: jax.jacrev(losses, has_aux=True)(p, *which)
+        expected = of(diffrax.Bosh3(), diffrax.RecursiveCheckpointAdjoint())
+        return of(_SHORT, DEERAdjoint()), expected
+
+    found, expected = both(_PARAMETERS)
+    *_, num_steps, num_rejected = expected[1]
+    assert int(num_steps) > 24
+    assert (int(num_rejected) > 0) == (controller == "pid")
+    _assert_close(found, expected)
+
+
+def test_a_batch_in_which_some_end_early_or_fail():
+    def solve(solver, adjoint, t1, y0, args):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: args * y**2),
+            solver,
+            0.0,
+            t1,
+            None,
+            y0,
+            args,
+            stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-4),
+            adjoint=adjoint,
+            max_steps=50,
+            throw=False,
+        )
+        return jnp.where(sol.result == diffrax.RESULTS.successful, sol.ys[-1], 0.0), (
+            sol.result == diffrax.RESULTS.successful,
+            sol.stats["num_steps"],
+        )
+
+    # The last one is infinite at t = 1.
+    t1s, y0s = jnp.array([0.9, 0.01, 0.6, 2.0]), jnp.array([1.0, 0.5, -1.0, 1.0])
+
+    def batch(args, *which):
+        ys, about = jax.vmap(lambda t1, y0: solve(*which, t1, y0, args))(t1s, y0s)
+        return jnp.sum(ys), (ys, about)
+
+    @jax.jit
+    def both(args):
+        of = lambda *which: jax.value_and_grad(batch, has_aux=True)(args, *which)
+        expected = of(diffrax.Bosh3(), diffrax.RecursiveCheckpointAdjoint())
+        few, all_ = DEERAdjoint(max_windows=10), DEERAdjoint()
+        tangent = jax.jvp(lambda a: batch(a, _SHORT, all_)[0], (args,), (1.0,))[1]
+        return of(_SHORT, few), of(_SHORT, all_), expected, tangent
+
+    few, all_, expected, tangent = both(jnp.array(1.0))
+    (_, (_, (okay, num_steps))), gradient = expected
+    assert okay.tolist() == [True, True, True, False]
+    assert num_steps[1] < 8 < 10 < num_steps[0] < num_steps[3] == 50
+    _assert_close(all_, expected)
+    _assert_close(few, expected)
+    _assert_close(tangent, gradient)
