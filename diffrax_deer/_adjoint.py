@@ -61,9 +61,10 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
 
     **Cost** for N steps a window, W windows, D state components: memory
     O(W N D), with W = `max_windows` where the number of windows is not known, whatever
-    `max_steps` is; while it differentiates O(N D²) more, for one window at a time, or
-    O(W N D²) where they are solved together. Both are O(N D) and O(W N D) where D is
-    above 16 and the linearization is not dense.
+    `max_steps` is; while it differentiates O(N D²) more, for one window at a time (for
+    at most 1024 steps at a time where windows are shorter), or O(W N D²) where they are
+    solved together. Both are O(N D) and O(W N D) where D is above 16 and the
+    linearization is not dense.
     """
 
     max_windows: int | None = None

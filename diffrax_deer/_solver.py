@@ -74,7 +74,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         )
 
     `PIDController` chooses the windows, such that each inner step meets the tolerance;
-    let `num_steps` be well below the number of steps that this takes.
+    let `num_steps` be well below the number of steps that this takes. With
+    `num_steps=1` they are the steps that the inner solver would make, found in
+    sequence; with `DEERAdjoint` their gradient is parallel nevertheless.
     With a constant step size each `dt0` is a window of its own, right but sequential:
     use `WholeInterval()`, which makes the whole interval one window.
 

@@ -5,6 +5,10 @@ trajectories. A second pass goes through the same windows with the recorded solu
 given: no iteration, only functions of the solution, which JAX differentiates. Hence one
 Newton solve a window for value and gradient together.
 
+Where the ends of windows have no derivative with respect to the solution, as those of
+`PIDController`, the second pass knows them beforehand, and many short windows are one
+grid: their gradient is parallel in time, though a controller has found them singly.
+
 Records need memory that is allocated beforehand, for `max_windows` windows. In the rare
 solve that takes more, the second pass makes the steps of the others in sequence.
 """
@@ -58,13 +62,16 @@ _WITHOUT_DERIVATIVE = diffrax.ConstantStepSize, diffrax.PIDController
 _GROUPS = 16
 
 
-def _most_at_once() -> int:
+def _most_at_once(num_entries: int) -> int:
     """How many steps of recorded windows to differentiate at once.
 
-    The last group is made as a whole. Where work is what takes the time that should be
-    little; where it is waiting, the number of groups.
+    The last group is made as a whole, also where nothing is left to do in it. That is
+    work, of which a CPU has too much; other devices wait for the groups. `num_entries`
+    is the size of a Jacobian.
     """
-    return 8 if jax.default_backend() == "cpu" else 1024
+    if jax.default_backend() == "cpu":
+        return 8
+    return min(1024, 2**22 // max(1, num_entries))
 
 
 class Record(eqx.Module):
@@ -371,7 +378,9 @@ def _wanted(windows: Windows, steps: Any, ends: Any) -> tuple[Any, Any]:
 
 def _flat(tree: PyTree[Array]) -> PyTree[Array]:
     """The two leading axes made one."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    # Not -1, of which an empty state makes zero by zero.
+    flat = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jax.tree.map(flat, tree)
 
 
 def _known(solver: DEERSolver, forward: AbstractForward) -> AbstractForward | Strategy:
@@ -466,7 +475,8 @@ def _at_once(
     here.
     """
     num_steps, capacity = windows.solver.num_steps, len(records.keep)
-    size = min(capacity, max(1, _most_at_once() // num_steps))
+    num_entries = ravel(carry.y)[0].size ** 2
+    size = min(capacity, max(1, _most_at_once(num_entries) // num_steps))
     num_groups = min(_GROUPS, -(-capacity // size))
     num_many = -(-capacity // (size * num_groups))
     interval = carry.t_prev, carry.t_next, carry.controller_state
@@ -507,7 +517,9 @@ def _at_once(
                 num_windows=size,
             )
             steps = steps_of(trajectory, jnp.zeros(size * num_steps, bool))
-            steps = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), steps)
+            steps = jax.tree.map(
+                lambda x: x.reshape(size, num_steps, *x.shape[1:]), steps
+            )
             at_ends = trajectory.ys[num_steps - 1 :: num_steps]
             past = jnp.concatenate([trajectory.y0[None], trajectory.ys])
             y = trajectory.inner.unravel(past[trajectory.statistics.num_solved])
@@ -543,8 +555,7 @@ def _at_once(
     parts = index, kept, knots[:-1], knots[1:], records.ys
     parts = jax.tree.map(grouped, parts)
     y, found = lax.scan(many, carry.y, parts)
-    join = lambda x: x.reshape(-1, *x.shape[3:])[:capacity]
-    steps, at_ends = jax.tree.map(join, found)
+    steps, at_ends = jax.tree.map(lambda x: x[:capacity], _flat(_flat(found)))
     if steps is not None:
         taken = jnp.broadcast_to(kept[:, None], steps.taken.shape)
         steps = _flat(eqx.tree_at(lambda s: s.taken, steps, taken))

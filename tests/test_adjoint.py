@@ -549,7 +549,8 @@ def test_windows_of_one_step_are_the_steps_of_the_inner_solver(controller):
 
 
 def test_a_batch_in_which_some_end_early_or_fail():
-    def solve(solver, adjoint, t1, y0, args):
+    def solve(which, t1, y0, args):
+        solver, adjoint = which
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: args * y**2),
             solver,
@@ -563,24 +564,22 @@ def test_a_batch_in_which_some_end_early_or_fail():
             max_steps=50,
             throw=False,
         )
-        return jnp.where(sol.result == diffrax.RESULTS.successful, sol.ys[-1], 0.0), (
-            sol.result == diffrax.RESULTS.successful,
-            sol.stats["num_steps"],
-        )
+        okay = sol.result == diffrax.RESULTS.successful
+        return jnp.where(okay, sol.ys[-1], 0.0), (okay, sol.stats["num_steps"])
 
     # The last one is infinite at t = 1.
     t1s, y0s = jnp.array([0.9, 0.01, 0.6, 2.0]), jnp.array([1.0, 0.5, -1.0, 1.0])
 
-    def batch(args, *which):
-        ys, about = jax.vmap(lambda t1, y0: solve(*which, t1, y0, args))(t1s, y0s)
+    def batch(args, which):
+        ys, about = jax.vmap(lambda t1, y0: solve(which, t1, y0, args))(t1s, y0s)
         return jnp.sum(ys), (ys, about)
 
     @jax.jit
     def both(args):
-        of = lambda *which: jax.value_and_grad(batch, has_aux=True)(args, *which)
+        of = lambda *which: jax.value_and_grad(batch, has_aux=True)(args, which)
         expected = of(diffrax.Bosh3(), diffrax.RecursiveCheckpointAdjoint())
         few, all_ = DEERAdjoint(max_windows=10), DEERAdjoint()
-        tangent = jax.jvp(lambda a: batch(a, _SHORT, all_)[0], (args,), (1.0,))[1]
+        tangent = jax.jvp(lambda a: batch(a, (_SHORT, all_))[0], (args,), (1.0,))[1]
         return of(_SHORT, few), of(_SHORT, all_), expected, tangent
 
     few, all_, expected, tangent = both(jnp.array(1.0))
