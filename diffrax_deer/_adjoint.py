@@ -13,7 +13,7 @@ from ._events import EventSearch
 from ._saving import Final, SaveTimes, dense, interpolate, interpolation, save
 from ._solver import DEERSolver
 from ._step_map import ravel
-from ._successive import one_after_another
+from ._successive import is_fixed, one_after_another
 from ._together import together
 from ._windows import Carry, Outcome, Windows, as_arrays
 
@@ -55,7 +55,8 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         up to diffrax's `max_steps`, are right too, but made one step after the other,
         and their Newton iterations are not counted; with `SaveAt(dense=True)` they are
         an error. Half of the time to compile is theirs, and is saved if `max_steps` is
-        not larger. `None`: as many as have 2^15 numbers, and at least 128.
+        not larger. `None`: 128, or, if that is more and there are neither events nor
+        other controllers than the two above, as many as have 2^15 numbers.
 
     **Raises:** `ValueError` for any other solver than `DEERSolver`.
 
@@ -102,8 +103,10 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         all_ts = jnp.concatenate([jnp.asarray(t0)[None][:0], *all_ts])
         max_windows = self.max_windows
         if max_windows is None:
-            num_entries = solver.num_steps * max(1, ravel(init_state.y)[0].size)
-            max_windows = max(_LEAST_WINDOWS, _MOST_ENTRIES // num_entries)
+            max_windows = _LEAST_WINDOWS
+            if is_fixed(stepsize_controller, event):
+                num_entries = solver.num_steps * max(1, ravel(init_state.y)[0].size)
+                max_windows = max(max_windows, _MOST_ENTRIES // num_entries)
         search = None
         if event is not None:
             call = lambda function, t, y: function(

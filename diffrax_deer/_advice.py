@@ -160,6 +160,9 @@ def _what(advice: Advice) -> str:
     if isinstance(advice.stepsize_controller, diffrax.StepTo):
         grid = f"StepTo(ts), whose ts are the steps found here{most}"
         windows = " with num_steps=64"
+    if advice.platform == "cpu" and solver.forward is None:
+        # The steps are made in sequence anyway, and differentiated together.
+        windows = " with num_steps=1"
     text = (
         f"To train, use {_call(solver)} with the stepsize controller {grid} and "
         "adjoint=DEERAdjoint()"

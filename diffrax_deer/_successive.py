@@ -247,9 +247,9 @@ def _attempt(
     )
 
 
-def _is_fixed(windows: Windows) -> bool:
+def is_fixed(controller: diffrax.AbstractStepSizeController, event: Any) -> bool:
     """Whether the derivative of the ends of windows does not need the solution."""
-    return windows.event is None and type(windows.controller) in _WITHOUT_DERIVATIVE
+    return event is None and type(controller) in _WITHOUT_DERIVATIVE
 
 
 def _search(
@@ -317,7 +317,7 @@ def one_after_another(
         ends = repeat(ends, num_chunks * capacity)
 
     def again(carry, records):
-        if records is None or not _is_fixed(windows):
+        if records is None or not is_fixed(windows.controller, windows.event):
             found = _again(windows, carry, records, wanted, capacity, limit)
         else:
             found = _at_once(windows, carry, last, records, wanted)

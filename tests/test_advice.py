@@ -147,9 +147,11 @@ def test_an_oscillator_over_a_long_time_is_solved_by_what_is_recommended():
     assert advice.recommendation.split() == str(advice).split("\n\n")[1].split()
     assert "steps in sequence" in str(advice)
 
-    large = ask(64).solver
-    assert isinstance(large, DEERSolver)
-    assert large.forward is None
+    large = ask(64)
+    assert isinstance(large.solver, DEERSolver)
+    assert large.solver.forward is None
+    # A controller's steps are then found in sequence as well.
+    assert "with num_steps=1 chooses another" in large.recommendation
 
 
 def test_two_steps_are_left_to_the_sequential_solver():
