@@ -426,6 +426,11 @@ def _again(
     return carry, _flat(steps), ends
 
 
+def _joined(t: Array, ts: Float[Array, " windows"]) -> Array:
+    """One time before the others."""
+    return jnp.concatenate([t[None], ts])
+
+
 @eqx.filter_custom_jvp
 def _times(first: Any, *, y: State, order: Any, records: Record):
     """Where the windows begin and end, and one more; each of shape `(windows + 1,)`.
@@ -436,8 +441,7 @@ def _times(first: Any, *, y: State, order: Any, records: Record):
     """
     del y, order
     _, _, (t_prev, t_next, _) = first
-    join = lambda t, ts: jnp.concatenate([t[None], ts])
-    return join(t_prev, records.t_prev), join(t_next, records.t_next)
+    return _joined(t_prev, records.t_prev), _joined(t_next, records.t_next)
 
 
 @_times.def_jvp
@@ -456,8 +460,7 @@ def _(primals, tangents, *, y, order, records):
             return (flat, interval), interval[:2]
 
         _, (t_prev, t_next) = lax.scan(window, (flat, interval), records)
-        join = lambda t, ts: jnp.concatenate([t[None], ts])
-        return join(interval[0], t_prev), join(interval[1], t_next)
+        return _joined(interval[0], t_prev), _joined(interval[1], t_next)
 
     return eqx.filter_jvp(again, primals, tangents)
 
@@ -469,7 +472,7 @@ def _at_once(
     records: Record,
     wanted: tuple[Any, Any],
 ) -> tuple[Carry, Any, Any]:
-    """As `_again`, for all windows of the records at once, in a few large groups.
+    """As `_again`, for the windows of the records, many of them at once.
 
     `last` is the carry after them. A window that was rejected is one of length zero
     here.
