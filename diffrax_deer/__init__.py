@@ -5,42 +5,59 @@ Newton's method on a whole trajectory (DEER, arXiv:2309.12252) inside diffrax.
 
 import importlib.metadata
 
-from ._adjoint import DEERAdjoint as DEERAdjoint
-from ._advice import Advice as Advice
-from ._advise import advise as advise
+from ._adjoint.deer_adjoint import DEERAdjoint as DEERAdjoint
+from ._advise import Advice as Advice, advise as advise
 from ._affine_scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,
     SequentialScan as SequentialScan,
     affine_recurrence as affine_recurrence,
 )
-from ._blocks import BlockDiagonalJacobian as BlockDiagonalJacobian
-from ._controller import WholeInterval as WholeInterval
-from ._deer_scan import deer_scan as deer_scan
-from ._deer_solve import deer_solve as deer_solve
-from ._exponential import ExponentialRosenbrockEuler as ExponentialRosenbrockEuler
-from ._forward import (
-    AbstractForward as AbstractForward,
-    ParallelForward as ParallelForward,
-    SequentialForward as SequentialForward,
+from ._gradient import (
+    AbstractGradient as AbstractGradient,
+    MatrixFreeGradient as MatrixFreeGradient,
+    ParallelGradient as ParallelGradient,
+    SequentialGradient as SequentialGradient,
+    Solution as Solution,
+)
+from ._linalg.transitions import (
+    AbstractTransition as AbstractTransition,
+    BlockDiagonal as BlockDiagonal,
+    Dense as Dense,
+    Diagonal as Diagonal,
 )
 from ._linearization import (
     AbstractLinearization as AbstractLinearization,
+    BlockDiagonalJacobian as BlockDiagonalJacobian,
     DiagonalJacobian as DiagonalJacobian,
     FullJacobian as FullJacobian,
+    Jacobi as Jacobi,
     Picard as Picard,
     PiecewiseConstant as PiecewiseConstant,
-    StepMap as StepMap,
 )
+from ._method import (
+    AbstractMethod as AbstractMethod,
+    Newton as Newton,
+    Sequential as Sequential,
+)
+from ._ode.deer_solver import DEERSolver as DEERSolver
+from ._ode.rosenbrock_euler import (
+    ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
+)
+from ._ode.whole_interval import WholeInterval as WholeInterval
+from ._ode.window_state import WindowState as WindowState
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
 )
-from ._recurrent import DEERRNN as DEERRNN
-from ._solver import (
-    DEERSolver as DEERSolver,
-    WindowState as WindowState,
+from ._recurrence.deer_scan import deer_scan as deer_scan
+from ._recurrence.deer_solve import (
+    DampedNewton as DampedNewton,
+    deer_solve as deer_solve,
 )
+from ._recurrence.rnn import DEERRNN as DEERRNN
+from ._statistics import Statistics as Statistics
+from ._step_map import StepMap as StepMap
 
 __version__ = importlib.metadata.version("diffrax_deer")

@@ -3,8 +3,10 @@ r"""The affine recurrence, the only linear system that DEER solves.
 $$y_n = A_n y_{n-1} + b_n, \qquad n = 1 \dots N,$$
 
 is the block-bidiagonal system $L y = b$ (with $A_1 y_0$ added to $b_1$). Its transpose
-runs backwards in time: $\lambda_n = A_{n+1}^\top \lambda_{n+1} + c_n$. A scan solves
-both; which scan is a matter of the device, not of the answer.
+runs backwards in time: $\lambda_n = A_{n+1}^\top \lambda_{n+1} + c_n$, which with
+$\mu_n = A_n^\top \lambda_n$ is the affine recurrence
+$\mu_n = A_n^\top \mu_{n+1} + A_n^\top c_n$. One scan solves both; which one is a matter
+of the device, not of the answer.
 
 Composition of affine maps, $(A, b) \circ (A', b') = (A A', A b' + b)$, is associative:
 that is all a parallel prefix scan needs.
@@ -17,69 +19,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._causal import shift
-from ._custom_types import State, States, Transition, Transitions
-from ._matrix_functions import matmul, matvec, vecmat
-from ._platform import by_platform
-
-# Traced once, not again on every level of a parallel scan.
-_matmul, _matvec, _vecmat = jax.jit(matmul), jax.jit(matvec), jax.jit(vecmat)
-
-
-def _apply(a: Transition, y: State) -> State:
-    """A diagonal transition has the axes of the state, a dense one has one more.
-
-    With two more axes, `(blocks, block, block)`, it is block-diagonal, and the state
-    consists of the blocks one after the other.
-    """
-    if a.ndim == y.ndim:
-        return a * y
-    if a.ndim == y.ndim + 1:
-        return _matvec(a, y)
-    return jax.vmap(_matvec)(a, y.reshape(a.shape[:2])).reshape(-1)
-
-
-def _apply_transposed(a: Transition, y: State) -> State:
-    """As `_apply`, for the transposed transition."""
-    if a.ndim == y.ndim:
-        return a * y
-    if a.ndim == y.ndim + 1:
-        return _vecmat(y, a)
-    return jax.vmap(_vecmat)(y.reshape(a.shape[:2]), a).reshape(-1)
-
-
-def _multiply(a: Transition, b: Transition, like: State) -> Transition:
-    """The product of two transitions of states `like`."""
-    if a.ndim == like.ndim:
-        return a * b
-    return _matmul(a, b) if a.ndim == like.ndim + 1 else jax.vmap(_matmul)(a, b)
-
-
-def _compose(left: tuple[Transition, State], right: tuple[Transition, State]):
-    """First `left`, then `right`: the order in which a prefix scan combines."""
-    (a_left, b_left), (a_right, b_right) = left, right
-    a = _multiply(a_right, a_left, b_left)
-    # The product of many transitions may overflow where there is nothing to multiply:
-    # the columns of a matrix, the entries of a diagonal.
-    columns = b_left
-    if a_right.ndim == b_left.ndim + 2:
-        columns = b_left.reshape(a_right.shape[0], 1, a_right.shape[2])
-    a_right = jnp.where(columns == 0, 0.0, a_right)
-    return a, _apply(a_right, b_left) + b_right
+from ._custom_types import State, States
+from ._defaults import prefers_sequential_scan
+from ._linalg.transitions import AbstractTransition, multiply
+from ._prefix import shift
 
 
 class AbstractScan(eqx.Module):
     """How the affine recurrence is solved."""
 
     @abc.abstractmethod
-    def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
+    def __call__(
+        self, a: AbstractTransition, b: States, *, reverse: bool = False
+    ) -> States:
         """Solves `y[n] = a[n] y[n-1] + b[n]` for all n, with zero before the start.
 
         **Arguments:**
 
-        - `a`: the transitions, `(time, state, state)`, or diagonal `(time, state)`, or
-            block-diagonal `(time, blocks, block, block)` with `blocks * block` equal
-            to `state`.
+        - `a`: the transitions, `Dense`, `Diagonal`, `BlockDiagonal` or another
+            structure, of leading axis `time`.
         - `b`: the inhomogeneity, `(time, state)`.
         - `reverse`: run backwards, `y[n] = a[n] y[n+1] + b[n]`.
 
@@ -87,13 +45,6 @@ class AbstractScan(eqx.Module):
 
         `y`, `(time, state)`. It need not be differentiable: `affine_recurrence` is.
         """
-
-    def transposed(self, a: Transitions, c: States) -> States:
-        """Solves `y[n] = a[n + 1].T y[n + 1] + c[n]` for all n, zero after the end.
-
-        That is the system with the transposed matrix. Arguments and result as above.
-        """
-        return self(transpose(a, c), c, reverse=True)
 
 
 class SequentialScan(AbstractScan):
@@ -104,22 +55,13 @@ class SequentialScan(AbstractScan):
     The best choice on a CPU, where a step costs tens of nanoseconds.
     """
 
-    def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
-        def step(y, ab):
-            y = _apply(ab[0], y) + ab[1]
+    def __call__(self, a, b, *, reverse=False):
+        def step(y, inputs):
+            a, b = inputs
+            y = a.matvec(y) + b
             return y, y
 
         _, ys = lax.scan(step, jnp.zeros_like(b[0]), (a, b), reverse=reverse)
-        return ys
-
-    def transposed(self, a: Transitions, c: States) -> States:
-        """As for any scan, but without a transposed copy of all transitions."""
-
-        def step(carry, ac):
-            y = carry + ac[1]
-            return _apply_transposed(ac[0], y), y
-
-        _, ys = lax.scan(step, jnp.zeros_like(c[0]), (a, c), reverse=True)
         return ys
 
 
@@ -136,41 +78,40 @@ class AssociativeScan(AbstractScan):
         al., arXiv:2309.12252, section 3.4.
     """
 
-    def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
+    def __call__(self, a, b, *, reverse=False):
         compose = jax.vmap(_compose)
         _, ys = lax.associative_scan(compose, (a, b), reverse=reverse)
         return ys
 
 
-class PlatformScan(AbstractScan):
-    """`SequentialScan` on a CPU, `AssociativeScan` elsewhere; chosen when compiled."""
-
-    def __call__(self, a: Transitions, b: States, *, reverse: bool = False) -> States:
-        sequential, associative = SequentialScan(), AssociativeScan()
-        return by_platform(
-            lambda: sequential(a, b, reverse=reverse),
-            lambda: associative(a, b, reverse=reverse),
-        )
-
-    def transposed(self, a: Transitions, c: States) -> States:
-        """As for any scan; chosen when compiled."""
-        sequential, associative = SequentialScan(), AssociativeScan()
-        return by_platform(
-            lambda: sequential.transposed(a, c), lambda: associative.transposed(a, c)
-        )
+def _compose(
+    first: tuple[AbstractTransition, State], then: tuple[AbstractTransition, State]
+) -> tuple[AbstractTransition, State]:
+    """The affine map `first`, followed by `then`."""
+    (a_first, b_first), (a_then, b_then) = first, then
+    # The product of many transitions may overflow where there is nothing to multiply.
+    applied = a_then.clear_columns(b_first == 0).matvec(b_first)
+    return a_then.matmul(a_first), applied + b_then
 
 
-def transpose(a: Transitions, like: States) -> Transitions:
-    r"""The transitions of the transposed system, $A_{n+1}^\top$ at step n.
+def default_scan() -> AbstractScan:
+    """What `scan=None` means on the platform in use."""
+    return SequentialScan() if prefers_sequential_scan() else AssociativeScan()
 
-    Zero at the last step, which nothing follows. `like` is any inhomogeneity.
-    """
-    following = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
-    return following if a.ndim == like.ndim else jnp.swapaxes(following, -1, -2)
+
+def transposed_scan(scan: AbstractScan, a: AbstractTransition, c: States) -> States:
+    """Solves `y[n] = a[n + 1].T y[n + 1] + c[n]` for all n, with zero after the end."""
+    transposed = jax.vmap(lambda a: a.transpose())(a)
+    products = scan(transposed, multiply(transposed, c), reverse=True)
+    return c + jnp.concatenate([products[1:], jnp.zeros_like(products[:1])])
 
 
 def affine_recurrence(
-    a: Transitions, b: States, y0: State | None = None, *, scan: AbstractScan
+    a: AbstractTransition,
+    b: States,
+    y0: State | None = None,
+    *,
+    scan: AbstractScan | None = None,
 ) -> States:
     """Solves `y_n = a_n y_{n-1} + b_n`, differentiably.
 
@@ -180,27 +121,30 @@ def affine_recurrence(
 
     **Arguments:**
 
-    - `a`: `(time, state, state)`, or `(time, state)` for diagonal matrices, or
-        `(time, blocks, block, block)` for block-diagonal ones.
+    - `a`: the transitions, `Dense`, `Diagonal`, `BlockDiagonal` or another structure,
+        of leading axis `time`.
     - `b`: `(time, state)`.
     - `y0`: `(state,)`, zero if omitted.
-    - `scan`: an `AbstractScan`.
+    - `scan`: an `AbstractScan`; `None` means `SequentialScan` on a CPU and
+        `AssociativeScan` elsewhere.
 
     **Returns:**
 
     `y_1` to `y_N`, `(time, state)`.
     """
+    chosen = default_scan() if scan is None else scan
     if y0 is not None:
-        b = jnp.asarray(b).at[0].add(_apply(a[0], y0))
+        first = jax.tree.map(lambda x: x[0], a)
+        b = jnp.asarray(b).at[0].add(first.matvec(y0))
     if b.size == 0:
         return b
 
     def residual(y):
-        return y - jax.vmap(_apply)(a, shift(jnp.zeros_like(y[0]), y))
+        return y - multiply(a, shift(jnp.zeros_like(y[0]), y))
 
     return lax.custom_linear_solve(
         residual,
         b,
-        lambda _, b: scan(a, b),
-        lambda _, c: scan.transposed(a, c),
+        lambda _, b: chosen(a, b),
+        lambda _, c: transposed_scan(chosen, a, c),
     )

@@ -1,5 +1,7 @@
 """What the arguments of the public classes have to be, and what to pass instead."""
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import diffrax
@@ -8,9 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._custom_types import Y
-
-# In all Jacobians together: 4 GiB in single precision, and there are several copies.
-MOST_ENTRIES = 2**30
 
 # Their steps carry more than the state from one to the next, or need a noise.
 _NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
@@ -45,6 +44,12 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
             f"`{name}` must be an instance of `{cls.__name__}`; got {value!r}. {hint}."
         )
     raise TypeError(msg)
+
+
+def check_optional(name: str, value: Any, cls: type, example: str) -> None:
+    """Raises unless `value` is `None` or an instance of `cls`."""
+    if value is not None:
+        check_instance(name, value, cls, example)
 
 
 def check_tolerance(name: str, value: Any) -> None:
@@ -104,23 +109,6 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
         raise ValueError(msg)
 
 
-def check_size(num_steps: int, size: int) -> None:
-    """Raises where dense transitions would be more than `MOST_ENTRIES` numbers.
-
-    That is N D², for `num_steps` N and `size` D.
-    """
-    if num_steps * size**2 <= MOST_ENTRIES:
-        return
-    msg = (
-        f"The Jacobians of {num_steps} steps with a state of {size} components have "
-        f"{num_steps * size**2:.1e} entries, too many to hold. Solve fewer steps "
-        "together, or pass `linearization=DiagonalJacobian()`, "
-        "`BlockDiagonalJacobian(...)` or `Picard()`, with which neither the solve nor "
-        "its derivative holds such an array, if the inner solver is explicit."
-    )
-    raise ValueError(msg)
-
-
 def check_window_state(state: Any, num_steps: int) -> None:
     """Raises unless the state of the solver is one window of `num_steps` steps."""
     if len(state.ts) != num_steps + 1:
@@ -131,3 +119,23 @@ def check_window_state(state: Any, num_steps: int) -> None:
             "`DEERAdjoint` does with `StepTo`, only fits another such solve."
         )
         raise ValueError(msg)
+
+
+_NO_FORWARD_MODE = (
+    "What is solved in parallel is differentiated in forward mode, also for a "
+    "gradient, and the vector field, or the function of a recurrence, contains a "
+    "`jax.custom_vjp`, which JAX cannot differentiate so: one of yours, or a loop of "
+    'Equinox of kind="checkpointed". Use `jax.custom_jvp`, or kind="bounded", or '
+    "diffrax's own solvers."
+)
+
+
+@contextlib.contextmanager
+def explained() -> Generator[None, None, None]:
+    """Says what to do about a `jax.custom_vjp`."""
+    try:
+        yield
+    except (NotImplementedError, TypeError) as error:
+        if "custom_lin" in str(error) or "custom_vjp" in str(error):
+            raise TypeError(_NO_FORWARD_MODE) from error
+        raise

@@ -10,6 +10,7 @@ $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it i
 | its diagonal | quasi-DEER | D tangents of the step, or a few probes |
 | its diagonal blocks | block quasi-DEER | as many tangents as a block is large |
 | $I$ | Picard | nothing |
+| $0$ | Jacobi | nothing |
 
 ??? cite "Reference"
 
@@ -23,85 +24,34 @@ $A_n \approx \partial\Phi_n/\partial y$ only decides in how many iterations it i
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from ._checks import check_count
-from ._custom_types import Matrix, State, Transition, VectorField
-from ._matrix_functions import expm
-
-# As many tangents at once: that many times the memory of one evaluation of the step.
-_MOST_TANGENTS = 16
-
-
-class StepMap(eqx.Module):
-    r"""One step of a recurrence, $y_n = \Phi(x_n, y_{n-1})$, for states `(state,)`.
-
-    - `step(x, y)`: the step map $\Phi$.
-    - `increment(x, y)`: where the step belongs to a differential equation, the product
-        $h f(t, y)$ at the middle of the step; otherwise `None`.
-    - `full(x, y)`: where a step yields more than a state, the pair of it and of that, a
-        pytree of arrays; otherwise `None`.
-    - `leap(first, last, y)`: where there are longer steps, one from the beginning of
-        the step `first` to the end of `last`; otherwise `None`.
-    - `between(first, last, x, y)`: what that one predicts for the state after the step
-        `x` between them.
-    - `leaves`: where the state is a ravelled pytree, shapes and types of its leaves;
-        otherwise `None`.
-    - `is_elementwise`: whether each component of the step depends on the same component
-        of the state only. Its Jacobian is then diagonal, and held as a diagonal.
-
-    `x` is what drives the step: its two times, or the input of a recurrent network.
-    """
-
-    step: Callable[[PyTree[Any], State], State]
-    increment: Callable[[PyTree[Any], State], State] | None = None
-    full: Callable[[PyTree[Any], State], tuple[State, PyTree[Array]]] | None = None
-    leap: Callable[[PyTree[Any], PyTree[Any], State], State] | None = None
-    between: Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None = (
-        None
-    )
-    leaves: tuple[jax.ShapeDtypeStruct, ...] | None = eqx.field(
-        static=True, default=None
-    )
-    is_elementwise: bool = eqx.field(static=True, default=False)
-
-    def evaluate(self, x: PyTree[Any], y: State) -> tuple[State, PyTree[Array]]:
-        """The state after the step, and what else it yields, or `None`."""
-        return (self.step(x, y), None) if self.full is None else self.full(x, y)
+from ._custom_types import State, VectorField
+from ._defaults import MAX_TANGENTS
+from ._linalg.expm import expm
+from ._linalg.transitions import (
+    AbstractTransition,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+)
+from ._step_map import (
+    StepMap,
+    step_jacobian,
+    value_and_jacobian,
+    value_and_tangents,
+)
 
 
-def value_and_tangents(
-    f: VectorField, y: State, directions: Float[Array, "directions state"]
-) -> tuple[State, Float[Array, "directions state"]]:
-    """The value `f(y)` and its derivative along each direction, of which there is one.
-
-    All directions at once, and `f` itself evaluated once.
-    """
-    push = lambda direction: jax.jvp(f, (y,), (direction,))
-    values, tangents = jax.vmap(push)(directions)
-    return values[0], tangents
-
-
-def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
-    """The value `f(y)` and the matrix of shape `(D, D)` of its derivatives, D ≥ 1."""
-    value, columns = value_and_tangents(f, y, jnp.eye(y.size, dtype=y.dtype))
-    return value, columns.T
-
-
-def driven(tree: PyTree[Any], tree_dot: PyTree[Any]) -> tuple[PyTree, PyTree]:
-    """`tree` in two: the leaves that have a tangent in `tree_dot`, and the others."""
-    return eqx.partition(tree, jax.tree.map(lambda _, x: x is not None, tree, tree_dot))
-
-
-def random_signs(*shape: int) -> np.ndarray:
+def _random_signs(*shape: int) -> np.ndarray:
     """Signs drawn at random once and for all: a constant, the same at every call."""
     return np.random.default_rng(0).choice([-1.0, 1.0], size=shape)
 
@@ -114,33 +64,19 @@ def _diagonal(f: VectorField, y: State) -> State:
         _, columns = value_and_tangents(f, y, directions)
         return jnp.sum(jnp.where(directions == 1, columns, 0.0), axis=1)
 
-    num_chunks = -(-y.size // _MOST_TANGENTS)
+    num_chunks = -(-y.size // MAX_TANGENTS)
     # Beyond the last component the directions are zero.
-    index = jnp.arange(num_chunks * _MOST_TANGENTS).reshape(num_chunks, -1)
+    index = jnp.arange(num_chunks * MAX_TANGENTS).reshape(num_chunks, -1)
     return lax.map(some, index).reshape(-1)[: y.size]
 
 
-def step_jacobian(step_map: StepMap, x: PyTree[Any], y: State) -> Matrix | State:
-    """The derivatives of a step, D ≥ 1: `(D, D)`, or `(D,)` if it is elementwise."""
-    step = lambda y: step_map.step(x, y)
-    if step_map.is_elementwise:
-        return value_and_tangents(step, y, jnp.ones((1, y.size), y.dtype))[1][0]
-    return value_and_jacobian(step, y)[1]
-
-
 class AbstractLinearization(eqx.Module):
-    """The choice of the transition. The answer and its gradient do not depend on it.
-
-    `is_dense` says whether transitions are matrices of shape `(state, state)`. Where
-    they are not, the gradient of a large state is found without such matrices, too.
-    """
-
-    is_dense: eqx.AbstractClassVar[bool]
+    """The choice of the transition. The answer and its gradient do not depend on it."""
 
     @abc.abstractmethod
     def __call__(
         self, step_map: StepMap, x: PyTree[Any], y_prev: State, y_next: State
-    ) -> Transition:
+    ) -> AbstractTransition:
         """Linearizes one step along the current guess.
 
         **Arguments:**
@@ -151,19 +87,15 @@ class AbstractLinearization(eqx.Module):
 
         **Returns:**
 
-        The transition, `(state, state)` if dense, `(state,)` if diagonal, `(blocks,
-        block, block)` if block-diagonal.
+        The transition of this step: `Dense`, `Diagonal`, `BlockDiagonal` or another.
         """
 
 
 class FullJacobian(AbstractLinearization):
     r"""Newton's method: $A_n = \partial\Phi_n/\partial y$ at the guess, dense.
 
-    Converges quadratically. For any step map; the choice for recurrent networks. Where
-    `deer_scan` finds that a recurrence is elementwise, only its diagonal is held.
+    Converges quadratically. For any step map; the choice for recurrent networks.
     """
-
-    is_dense: ClassVar[bool] = True
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
@@ -179,8 +111,6 @@ class PiecewiseConstant(AbstractLinearization):
     cheapest choice for differential equations, with hardly more iterations than Newton.
     """
 
-    is_dense: ClassVar[bool] = True
-
     def __call__(self, step_map, x, y_prev, y_next):
         increment = step_map.increment
         if increment is None:
@@ -193,14 +123,15 @@ class PiecewiseConstant(AbstractLinearization):
             raise TypeError(msg)
         middle = (y_prev + y_next) / 2
         _, jacobian = value_and_jacobian(lambda y: increment(x, y), middle)
-        return expm(jacobian)
+        return Dense(expm(jacobian))
 
 
 class DiagonalJacobian(AbstractLinearization):
     r"""quasi-DEER: the diagonal of $\partial\Phi_n/\partial y$.
 
     The recurrence costs O(N D) instead of O(N D²) or O(N D³); the iterations are more,
-    and the fewer the weaker the components are coupled. Memory is O(N D).
+    and the fewer the weaker the components are coupled. Memory is O(N D). Exact, hence
+    Newton's method, for a recurrence that acts on each component alone.
 
     **Arguments:**
 
@@ -212,8 +143,7 @@ class DiagonalJacobian(AbstractLinearization):
         number of iterations and on nothing else.
     """
 
-    is_dense: ClassVar[bool] = False
-    num_probes: int | None = None
+    num_probes: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if self.num_probes is not None:
@@ -221,17 +151,57 @@ class DiagonalJacobian(AbstractLinearization):
 
     def __call__(self, step_map, x, y_prev, y_next):
         del y_next
-        if step_map.is_elementwise:
-            return step_jacobian(step_map, x, y_prev)
         step = lambda y: step_map.step(x, y)
         if self.num_probes is not None:
-            probes = random_signs(self.num_probes, y_prev.size)
+            probes = _random_signs(self.num_probes, y_prev.size)
             probes = jnp.asarray(probes, y_prev.dtype)
             _, tangents = value_and_tangents(step, y_prev, probes)
-            return jnp.mean(probes * tangents, axis=0)
-        if y_prev.size > _MOST_TANGENTS:
-            return _diagonal(step, y_prev)
-        return jnp.diagonal(value_and_jacobian(step, y_prev)[1])
+            return Diagonal(jnp.mean(probes * tangents, axis=0))
+        if y_prev.size > MAX_TANGENTS:
+            return Diagonal(_diagonal(step, y_prev))
+        return Diagonal(jnp.diagonal(value_and_jacobian(step, y_prev)[1]))
+
+
+class BlockDiagonalJacobian(AbstractLinearization):
+    r"""Between quasi-DEER and Newton: diagonal blocks of $\partial\Phi_n/\partial y$.
+
+    Blocks $B_g$ are `block_size` consecutive components of the ravelled state; a state
+    of shape `(batch, 3)` has `block_size=3`. The tangent number j is the sum of the
+    j-th unit vectors of all blocks, with random signs $s_g$, the same at every step:
+
+    $$s_g \Bigl(J \sum_{g'} s_{g'}\, e_{g',j}\Bigr)_g
+      = B_g e_j + \sum_{g' \ne g} s_g s_{g'} J_{g g'} e_j.$$
+
+    Exact, which makes it Newton's method, where the blocks do not couple, as samples in
+    one state do not; otherwise an unbiased estimate of the blocks. Costs b tangents of
+    the step for blocks of size b, and a recurrence of O(N D b).
+
+    **Raises:** `ValueError`, when the linearization is used, if D is not a multiple of
+    `block_size`.
+    """
+
+    block_size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_count("block_size", self.block_size)
+
+    def __call__(self, step_map, x, y_prev, y_next):
+        del y_next
+        size, block_size = y_prev.size, self.block_size
+        if size % block_size != 0:
+            msg = (
+                f"`BlockDiagonalJacobian(block_size={block_size})` needs a state that "
+                f"is a multiple of {block_size} in size; got {size} real components. "
+                f"Pass a divisor of {size}, or use `DiagonalJacobian()`."
+            )
+            raise ValueError(msg)
+        signs = jnp.asarray(_random_signs(size // block_size, 1), y_prev.dtype)
+        unit = jnp.eye(block_size, dtype=y_prev.dtype)
+        directions = (unit[:, None, :] * signs[None]).reshape(block_size, size)
+        step = lambda y: step_map.step(x, y)
+        _, columns = value_and_tangents(step, y_prev, directions)
+        columns = columns.reshape(block_size, -1, block_size) * signs[None]
+        return BlockDiagonal(jnp.moveaxis(columns, 0, -1))
 
 
 class Picard(AbstractLinearization):
@@ -241,8 +211,18 @@ class Picard(AbstractLinearization):
     Lipschitz constant and the length of the interval.
     """
 
-    is_dense: ClassVar[bool] = False
+    def __call__(self, step_map, x, y_prev, y_next):
+        del step_map, x, y_next
+        return Diagonal(jnp.ones_like(y_prev))
+
+
+class Jacobi(AbstractLinearization):
+    r"""Jacobi iteration: $A_n = 0$, each step from the last iterate of the one before.
+
+    Exact for one more step with each iteration, which is what `deer_solve` has to fall
+    back on where `inverse` cannot make use of a derivative.
+    """
 
     def __call__(self, step_map, x, y_prev, y_next):
         del step_map, x, y_next
-        return jnp.ones_like(y_prev)
+        return Diagonal(jnp.zeros_like(y_prev))

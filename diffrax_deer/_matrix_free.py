@@ -34,32 +34,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ._affine_scan import AbstractScan, transpose
-from ._causal import norm, prefix, shift
-from ._custom_types import States, Transitions
+from ._affine_scan import AbstractScan, default_scan
+from ._custom_types import States
+from ._defaults import tolerance
+from ._linalg.transitions import AbstractTransition, are_finite, zero_unless
+from ._prefix import count_leading_true, max_norm, shift
 
 
-def _tolerance(v: States, b: States) -> Float[Array, " time"]:
+def _tolerance(v: States, b: States, rtol: float) -> Float[Array, " time"]:
     """For the residual and the update of each step."""
-    eps = float(jnp.finfo(v.dtype).eps)
-    before = norm(shift(jnp.zeros_like(v[0]), v))
+    rounding = 64 * float(jnp.finfo(v.dtype).eps)
+    before = max_norm(shift(jnp.zeros_like(v[0]), v))
     # The second: less than the rounding of a product with `before` cannot be asked for.
-    return eps**0.75 * jnp.maximum(norm(v), norm(b)) + 64 * eps * before
+    return rtol * jnp.maximum(max_norm(v), max_norm(b)) + rounding * before
 
 
 def sweeps(
     product: Callable[[States], States],
-    transitions: Transitions,
+    transitions: AbstractTransition,
     b: States,
     scan: AbstractScan,
+    rtol: float,
 ) -> tuple[States, Int[Array, ""]]:
     """Solves `v = product(v) + b`; `product` takes each step to the next.
 
     **Returns:** the solution and the number of sweeps it took. Not differentiable.
     """
     num_steps, index = len(b), jnp.arange(len(b))
-    axes = tuple(range(1, transitions.ndim))
-    usable = jnp.all(jnp.isfinite(transitions), axis=axes)
+    usable = are_finite(transitions)
 
     def sweep(carry):
         v, num_final, strict, _, num_sweeps = carry
@@ -67,16 +69,19 @@ def sweeps(
         is_final = (index < num_final)[:, None]
         residuals = jnp.where(is_final, 0.0, images - v)
         # Final steps have no update to carry on, and must not be reached by overflow.
-        carries = jnp.expand_dims(usable & (index > num_final), axes)
-        updates = scan(jnp.where(carries, transitions, 0.0), residuals)
+        carries = usable & (index > num_final)
+        updates = scan(zero_unless(carries, transitions), residuals)
         # Not `v + updates`, where next to a huge v the exact value would be lost.
         new = jnp.where((index == num_final)[:, None], images, v + updates)
 
         finite = jnp.all(jnp.isfinite(new), axis=-1)
-        tolerance = _tolerance(v, b)
-        change = jnp.maximum(norm(updates), norm(residuals))
-        num_finite, num_small = prefix(finite), prefix(finite & (change <= tolerance))
-        num_measured = prefix(norm(images - v) <= tolerance)
+        bound = _tolerance(v, b, rtol)
+        change = jnp.maximum(max_norm(updates), max_norm(residuals))
+        num_finite, num_small = (
+            count_leading_true(finite),
+            count_leading_true(finite & (change <= bound)),
+        )
+        num_measured = count_leading_true(max_norm(images - v) <= bound)
         # The exact value itself is not finite: nor is what follows.
         lost = num_finite <= jnp.minimum(num_final, num_steps - 1)
         done = (num_small == num_steps) & (strict | (num_measured == num_steps))
@@ -97,26 +102,30 @@ def sweeps(
 
 
 def reverse(
-    product: Callable[[States], States], transitions: Transitions, c: States
-) -> tuple[Callable[[States], States], Transitions, States]:
+    product: Callable[[States], States], transitions: AbstractTransition, c: States
+) -> tuple[Callable[[States], States], AbstractTransition, States]:
     """The transposed system, as what `sweeps` solves, in reversed time."""
     pull = jax.linear_transpose(product, c)
     backwards = lambda v: pull(v[::-1])[0][::-1]
-    return backwards, transpose(transitions, c)[::-1], c[::-1]
+    # The transposed transition of step n belongs to step n + 1; the last has none.
+    following = jax.tree.map(
+        lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])[::-1], transitions
+    )
+    return backwards, jax.vmap(lambda a: a.transpose())(following), c[::-1]
 
 
 def matrix_free_recurrence(
     product: Callable[[States], States],
-    transitions: Transitions,
+    transitions: AbstractTransition,
     b: States,
     *,
-    scan: AbstractScan,
+    scan: AbstractScan | None = None,
+    rtol: float | None = None,
 ) -> States:
     r"""Solves $v_n = J_n v_{n-1} + b_n$, differentiably.
 
-    Residual and last update of each step are below `eps**0.75` relative to the norms of
-    $v_n$ and $b_n$, or of the order of the rounding of $v_{n-1}$, with the rounding
-    unit `eps` of b. In double precision that is 2e-12, in single 6e-6.
+    Residual and last update of each step are below `rtol` relative to the norms of
+    $v_n$ and $b_n$, or of the order of the rounding of $v_{n-1}$.
 
     Linear in `b`. Derivatives of any order and mode with respect to `b` and all that
     `product` depends on, each the solution of another such system.
@@ -127,20 +136,24 @@ def matrix_free_recurrence(
         and one that JAX can transpose.
     - `transitions`: approximations of $J_n$. The solution does not depend on them.
     - `b`: `(time, state)`.
-    - `scan`: an `AbstractScan`.
+    - `scan`: how the affine recurrence is solved; `None` as in `affine_recurrence`.
+    - `rtol`: `None` means eps**0.75 for the rounding unit of b: 2e-12 in double
+        precision, 6e-6 in single.
 
     **Returns:**
 
     `v_1` to `v_N`, `(time, state)`. Memory O(N D) beside the transitions and `product`.
     """
+    scan = default_scan() if scan is None else scan
+    rtol = tolerance(float(jnp.finfo(b.dtype).eps)) if rtol is None else rtol
 
     def shifted(v):
         return product(shift(jnp.zeros_like(v[0]), v))
 
     def solve(_, b):
-        return sweeps(shifted, transitions, b, scan)[0]
+        return sweeps(shifted, transitions, b, scan, rtol)[0]
 
     def transpose_solve(_, c):
-        return sweeps(*reverse(shifted, transitions, c), scan)[0][::-1]
+        return sweeps(*reverse(shifted, transitions, c), scan, rtol)[0][::-1]
 
     return lax.custom_linear_solve(lambda v: v - shifted(v), b, solve, transpose_solve)

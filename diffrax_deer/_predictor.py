@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from ._causal import hold
 from ._checks import check_count
 from ._custom_types import State, States
-from ._linearization import StepMap
+from ._defaults import COARSE_STRIDE
+from ._prefix import hold_last
+from ._step_map import StepMap
 
 
 class AbstractPredictor(eqx.Module):
@@ -51,7 +52,7 @@ class ConstantPredictor(AbstractPredictor):
 
     def __call__(self, step_map, y0, xs, ys, num_known):
         del step_map, xs
-        return hold(y0, ys, num_known)
+        return hold_last(y0, ys, num_known)
 
 
 class CoarsePredictor(AbstractPredictor):
@@ -72,26 +73,28 @@ class CoarsePredictor(AbstractPredictor):
         Lions, Maday and Turinici, C. R. Acad. Sci. Paris 332 (2001).
     """
 
-    stride: int = 3
+    stride: int = eqx.field(static=True, default=COARSE_STRIDE)
 
     def __check_init__(self):
         check_count("stride", self.stride)
 
     def __call__(self, step_map, y0, xs, ys, num_known):
-        ys, num_steps = hold(y0, ys, num_known), len(ys)
-        leap, between = step_map.leap, step_map.between
+        ys, num_steps = hold_last(y0, ys, num_known), len(ys)
+        step, interpolate = step_map.coarse_step, step_map.coarse_interpolate
         stride = min(self.stride, num_steps)
         # A single step is exact after one iteration, whatever its guess was.
-        if leap is None or between is None or num_steps == 1:
+        if step is None or interpolate is None or num_steps == 1:
             return ys
-        num_leaps = -(-num_steps // stride)
-        # The last step stands in for those that complete the last leap.
-        index = jnp.minimum(jnp.arange(num_leaps * stride), num_steps - 1)
-        cut = lambda x: x[index].reshape(num_leaps, stride, *x.shape[1:])
+        num_coarse = -(-num_steps // stride)
+        # The last step stands in for those that complete the last coarse step.
+        index = jnp.minimum(jnp.arange(num_coarse * stride), num_steps - 1)
+        cut = lambda x: x[index].reshape(num_coarse, stride, *x.shape[1:])
 
         xs, known = jax.tree.map(cut, xs), cut(ys)
         first, last = (jax.tree.map(lambda x, i=i: x[:, i], xs) for i in (0, -1))
-        is_known = jnp.arange(num_leaps * stride).reshape(num_leaps, stride) < num_known
+        is_known = (
+            jnp.arange(num_coarse * stride).reshape(num_coarse, stride) < num_known
+        )
 
         def best(predicted, y, is_known, known):
             predicted = jnp.where(jnp.all(jnp.isfinite(predicted)), predicted, y)
@@ -99,13 +102,13 @@ class CoarsePredictor(AbstractPredictor):
 
         def advance(y, inputs):
             first, last, *known = inputs
-            return best(leap(first, last, y), y, *known), y
+            return best(step(first, last, y), y, *known), y
 
         # Only what has to be: all that lies between is interpolated at once.
         ends = first, last, is_known[:, -1], known[:, -1]
         _, starts = lax.scan(advance, y0, ends)
-        every = jax.vmap(jax.vmap(between, (None, None, 0, None)))
+        every = jax.vmap(jax.vmap(interpolate, (None, None, 0, None)))
         predicted = every(first, last, xs, starts)
         every = jax.vmap(jax.vmap(best, (0, None, 0, 0)))
         predicted = every(predicted, starts, is_known, known)
-        return predicted.reshape(num_leaps * stride, -1)[:num_steps]
+        return predicted.reshape(num_coarse * stride, -1)[:num_steps]

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ._affine_scan import AbstractScan
-from ._deer_scan import deer_scan
-from ._forward import AbstractForward
-from ._linearization import AbstractLinearization, FullJacobian
-from ._step_map import widest
-
-_NEWTON = FullJacobian()
+from .._gradient import AbstractGradient
+from .._method import AbstractMethod
+from .._ravel import widest
+from .deer_scan import deer_scan
 
 
 def _initial_state(cell: Callable) -> PyTree[Array]:
@@ -47,8 +44,7 @@ class DEERRNN(eqx.Module):
         and one state that returns the next state, a pytree.
     - `reverse`: whether to begin with the last input. The output keeps the order of the
         inputs: its entry n is the state after reading the inputs from the end to n.
-    - `linearization`, `scan`, `rtol`, `atol`, `max_iterations`, `forward`, `window`,
-        `throw`: as for `deer_scan`.
+    - `method`, `gradient`, `throw`: as for `deer_scan`.
 
     **Raises:** `TypeError` when called without `init`, if the cell does not say how
     large its state is; and what `deer_scan` raises.
@@ -58,13 +54,8 @@ class DEERRNN(eqx.Module):
 
     cell: Callable[[Any, Any], Any]
     reverse: bool = eqx.field(default=False, static=True)
-    linearization: AbstractLinearization = _NEWTON
-    scan: AbstractScan | None = None
-    rtol: float | None = eqx.field(default=None, static=True)
-    atol: float | None = eqx.field(default=None, static=True)
-    max_iterations: int | None = eqx.field(default=None, static=True)
-    forward: AbstractForward | None = None
-    window: int | None = eqx.field(default=None, static=True)
+    method: AbstractMethod | None = None
+    gradient: AbstractGradient | None = None
     throw: bool = eqx.field(default=True, static=True)
 
     @eqx.filter_jit
@@ -94,14 +85,9 @@ class DEERRNN(eqx.Module):
             step,
             _initial_state(self.cell) if init is None else init,
             xs,
-            linearization=self.linearization,
-            scan=self.scan,
-            rtol=self.rtol,
-            atol=self.atol,
-            max_iterations=self.max_iterations,
+            method=self.method,
+            gradient=self.gradient,
             guess=guess,
-            forward=self.forward,
-            window=self.window,
             reverse=self.reverse,
             throw=self.throw,
         )[1]

@@ -12,7 +12,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._custom_types import RealScalarLike, Y
+from .._custom_types import RealScalarLike, Y
 
 
 class EventSearch(eqx.Module):

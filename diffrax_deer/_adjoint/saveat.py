@@ -1,4 +1,4 @@
-"""`SaveAt`, read out for all times at once."""
+"""`SaveAt`: the solution interpolated at all times at once."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._custom_types import Args, DenseInfo, RealScalarLike, Y
-from ._step_map import SolverStep
-from ._windows import Ends, Outcome, Steps
+from .._custom_types import Args, DenseInfo, RealScalarLike, Y
+from .._ode.solver_step import SolverStep
+from .loop_state import Ends, Outcome, Steps
 
 
 def _dense_info(inner: SolverStep, step: Steps) -> DenseInfo:
@@ -29,8 +29,8 @@ def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterp
 
 
 @eqx.filter_custom_jvp
-def _again(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
-    """What is `known`, as a value from few `steps` made again; differentiated as known.
+def _recompute(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
+    """What is `known`, recomputed from few `steps`, but differentiated as known.
 
     A loop over all steps then has nothing to write down, and XLA makes one function of
     it. For the derivative all steps are linearized in any case.
@@ -39,7 +39,7 @@ def _again(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
     return jax.vmap(lambda step: _dense_info(inner, step))(steps)
 
 
-@_again.def_jvp
+@_recompute.def_jvp
 def _(primals, tangents):
     return primals[0], tangents[0]
 
@@ -59,7 +59,7 @@ def interpolate(
     if infos is None:
         infos = jax.vmap(lambda step: _dense_info(inner, step))(steps)
     elif few:
-        infos = _again(infos, inner, steps)
+        infos = _recompute(infos, inner, steps)
     # The interpolation itself is looked up, with what it has prepared: fewer numbers
     # than the stages that it is made from.
     path = lambda step, info: _interpolation(inner, step, info)
@@ -94,6 +94,7 @@ class Final(eqx.Module):
 
     t: RealScalarLike
     y: Y
+    result: diffrax.RESULTS
     num_accepted: Int[Array, ""]
     cut: bool = eqx.field(static=True)
 

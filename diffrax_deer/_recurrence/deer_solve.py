@@ -13,8 +13,8 @@ $$y \leftarrow y + \rho - L_G^{-1} \sum_p G_p\, \rho(r - s_p),$$
 the same thing if the user's $L_G^{-1}$ is exact. If it is not, because it is only cheap
 for some G, then that costs iterations; the answer is decided by $L^{-1}$ alone.
 
-A recurrence is the case where L is the identity and the shift is one step; there the
-iteration is that of `_newton`, and so is the loop that runs it here.
+Updates are damped by Deuflhard's restricted natural monotonicity test. All points are
+solved together or none is, and no number of iterations is known to suffice.
 """
 
 import functools as ft
@@ -29,29 +29,13 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from ._affine_scan import SequentialScan
-from ._causal import hold
-from ._custom_types import State, States, Transitions
-from ._linearization import (
-    AbstractLinearization,
-    FullJacobian,
-    Picard,
-    StepMap,
-    driven,
-)
-from ._newton import (
-    AbstractEquations,
-    NewtonIteration,
-    check_iteration,
-    raise_if_failed,
-)
-from ._predictor import ConstantPredictor
-
-_NEWTON = FullJacobian()
-
-# Without causality no number of iterations is enough, so that some has to do; and the
-# smallest part of an update that is tried.
-_MAX_ITERATIONS, _LEAST = 100, 2.0**-12
+from .._checks import check_count, check_instance, check_tolerance
+from .._custom_types import State, States
+from .._defaults import MAX_DAMPED_ITERATIONS, MIN_DAMPING, RATE_SAFETY, tolerance
+from .._linalg.transitions import AbstractTransition, multiply
+from .._linearization import AbstractLinearization, FullJacobian
+from .._statistics import Statistics, raise_if_failed
+from .._step_map import StepMap, split_by_tangent
 
 _FAILURES = [
     "`deer_solve`: a value became infinite or NaN. Try another `guess`; with "
@@ -62,12 +46,89 @@ _FAILURES = [
 ]
 
 
-class _Framework(AbstractEquations):
+class DampedNewton(eqx.Module):
+    """How `deer_solve` finds the solution: Newton's method with damped updates.
+
+    **Arguments:**
+
+    - `linearization`: makes the G. `FullJacobian()`, `DiagonalJacobian()`...
+    - `rtol`, `atol`: bounds for residual and estimated error, in each component
+        relative to the largest value that it has at any point. `None` means eps**0.75,
+        and zero.
+    - `max_iterations`: at most this many.
+
+    ??? cite "Reference"
+
+        Deuflhard, *Newton Methods for Nonlinear Problems*, Springer 2011, section 3.3.
+    """
+
+    linearization: AbstractLinearization = FullJacobian()
+    rtol: float | None = eqx.field(static=True, default=None)
+    atol: float | None = eqx.field(static=True, default=None)
+    max_iterations: int = eqx.field(static=True, default=MAX_DAMPED_ITERATIONS)
+
+    def __check_init__(self):
+        example = "FullJacobian()"
+        check_instance(
+            "linearization", self.linearization, AbstractLinearization, example
+        )
+        check_tolerance("rtol", self.rtol)
+        check_tolerance("atol", self.atol)
+        check_count("max_iterations", self.max_iterations)
+
+    def __call__(
+        self, equations: "_Framework", guess: States
+    ) -> tuple[States, Statistics]:
+        """Solves `equations.images(ys) == ys` from `guess`; not differentiable."""
+        eps = float(jnp.finfo(guess.dtype).eps)
+        rtol = tolerance(eps) if self.rtol is None else self.rtol
+        atol = 0.0 if self.atol is None else self.atol
+
+        def measure(x, ys):
+            scale = atol + rtol * jnp.max(jnp.abs(ys), axis=0)
+            return jnp.max(jnp.where(x == 0, 0.0, jnp.abs(x) / scale))
+
+        def iterate(state):
+            ys, residuals, old, _, count = state
+            update = equations.damped_update(ys, residuals)
+            new = ys + update
+            left = equations.images(new) - new
+            change = jnp.maximum(measure(update, new), measure(residuals, new))
+            known = (change > 0) & jnp.isfinite(old)
+            rate = jnp.where(known, change / old, 1.0)
+            # What is left of a geometric series, if far less than the last term.
+            error = RATE_SAFETY * rate / (1 - jnp.minimum(rate, 0.5))
+            error = change * jnp.minimum(error, 1.0)
+            return new, left, change, error, count + 1
+
+        def unsolved(state):
+            ys, residuals, _, error, count = state
+            solved = (error <= 1) & (measure(residuals, ys) <= 1)
+            finite = jnp.all(jnp.isfinite(ys) & jnp.isfinite(residuals))
+            return ~solved & finite & (count < self.max_iterations)
+
+        zero, unknown = jnp.array(0, int), jnp.array(jnp.inf, guess.dtype)
+        residuals = equations.images(guess) - guess
+        state = guess, residuals, unknown, unknown, zero
+        ys, residuals, _, error, count = lax.while_loop(unsolved, iterate, state)
+        # Without another iteration to come the estimate, which needs two, is not asked.
+        solved = measure(residuals, ys) <= 1
+        solved &= (error <= 1) | (count >= self.max_iterations)
+        finite = jnp.all(jnp.isfinite(ys) & jnp.isfinite(residuals))
+        result = optx.RESULTS.where(
+            finite, optx.RESULTS.nonlinear_max_steps_reached, optx.RESULTS.nonfinite
+        )
+        result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
+        num_solved = jnp.where(solved, len(ys), 0)
+        residual = jnp.max(jnp.abs(residuals))
+        return ys, Statistics(count, residual, num_solved, result, self)
+
+
+class _Framework(eqx.Module):
     """The equations y = L⁻¹ f(shifted y)."""
 
-    is_causal: bool
     f: Callable[[list[State], PyTree[Any]], State]
-    inverse: Callable[[list[Transitions], States], States]
+    inverse: Callable[[list[Array], States], States]
     shifter: Callable[[States], Sequence[States]]
     xs: PyTree[Any]
     linearization: AbstractLinearization
@@ -75,87 +136,60 @@ class _Framework(AbstractEquations):
     def _right_hand_side(self, ys: States) -> States:
         return jax.vmap(self.f)(list(self.shifter(ys)), self.xs)
 
-    def _negative_jacobians(self, ys: States) -> list[Transitions]:
+    def _negative_jacobians(self, ys: States) -> list[AbstractTransition]:
         """The G of each shift."""
 
         def point(shifted, x):
             def with_respect_to(p):
                 step = lambda _, y: self.f([*shifted[:p], y, *shifted[p + 1 :]], x)
                 y = shifted[p]
-                return -self.linearization(StepMap(step), None, y, y)
+                transition = self.linearization(StepMap(step), None, y, y)
+                return jax.tree.map(jnp.negative, transition)
 
             return [with_respect_to(p) for p in range(len(shifted))]
 
         return jax.vmap(point)(list(self.shifter(ys)), self.xs)
 
-    def without(self, ys: States) -> list[Transitions]:
+    def zeros(self, ys: States) -> list[Array]:
         """Zeros in place of the G."""
-        if isinstance(self.linearization, Picard):
-            return [jnp.zeros_like(y) for y in self.shifter(ys)]
         shapes = jax.eval_shape(self._negative_jacobians, ys)
-        return jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), shapes)
+        return [jnp.zeros(g.entries.shape, g.entries.dtype) for g in shapes]
 
-    def images(self, ys):
-        return self.inverse(self.without(ys), self._right_hand_side(ys))
+    def images(self, ys: States) -> States:
+        """L⁻¹ f(shifted y)."""
+        return self.inverse(self.zeros(ys), self._right_hand_side(ys))
 
     def newton(self, ys: States) -> Callable[[States], States]:
         """The linear map from residuals to updates, linearized at `ys`."""
-        if isinstance(self.linearization, Picard):
-            return lambda residuals: residuals
         gs, zero = self._negative_jacobians(ys), jnp.zeros_like(ys)
+        entries = [g.entries for g in gs]
         # Both may add what does not depend on their argument, an initial value.
         shift, inverse = (
             jax.linearize(self.shifter, zero)[1],
-            jax.linearize(ft.partial(self.inverse, gs), zero)[1],
+            jax.linearize(ft.partial(self.inverse, entries), zero)[1],
         )
 
         def update(residuals):
-            products = map(_products, gs, shift(residuals))
+            products = map(multiply, gs, shift(residuals))
             return residuals - inverse(sum(products, start=jnp.zeros_like(residuals)))
 
         return update
 
-    def updates(self, ys, residuals, num_final):
-        del num_final
+    def damped_update(self, ys: States, residuals: States) -> States:
+        """The largest part of Newton's update, a power of 1/2, that is accepted."""
         newton = self.newton(ys)
         full = newton(residuals)
-        if self.is_causal:
-            # No damping: what an update spoils is predicted anew by the iteration.
-            return full
         size = jnp.max(jnp.abs(full))
 
         def too_long(part):
             new = ys + part * full
             # Deuflhard's restricted natural monotonicity test.
             left = jnp.max(jnp.abs(newton(self.images(new) - new)))
-            return ~(left <= (1 - part / 4) * size) & (part > _LEAST)
+            return ~(left <= (1 - part / 4) * size) & (part > MIN_DAMPING)
 
         half = jnp.array(0.5, ys.dtype)
         part = lax.while_loop(too_long, lambda part: part * half, 2 * half)
-        return jnp.where(part > _LEAST, part * full, 0)
-
-    def magnitudes(self, ys):
-        return jnp.abs(ys)
-
-    def predict(self, ys, num_known):
-        return self.hold(ys, num_known)
-
-    def hold(self, ys, num_known):
-        start = jnp.where(jnp.isfinite(ys[0]), ys[0], 0)
-        return hold(start, ys, num_known)
-
-    def part(self, start, size, ys):
-        raise NotImplementedError  # There are no windows.
-
-
-def _products(g: Transitions, y: States) -> States:
-    if g.ndim == y.ndim:
-        return g * y
-    if g.ndim == y.ndim + 1:
-        return jnp.einsum("nij,nj->ni", g, y, precision=lax.Precision.HIGHEST)
-    blocks = y.reshape(g.shape[:3])
-    out = jnp.einsum("ngij,ngj->ngi", g, blocks, precision=lax.Precision.HIGHEST)
-    return out.reshape(y.shape)
+        return jnp.where(part > MIN_DAMPING, part * full, 0)
 
 
 def _preconditioned(
@@ -165,29 +199,30 @@ def _preconditioned(
 ) -> States:
     """Solves `operator(v) = b` by GMRES, to a tolerance that is relative to `b`."""
     like = jax.ShapeDtypeStruct(b.shape, b.dtype)
-    tolerance = float(jnp.finfo(b.dtype).eps) ** 0.75
+    rtol = tolerance(float(jnp.finfo(b.dtype).eps))
     unit = jnp.max(jnp.abs(b))
     unit = jnp.where(unit > 0, unit, 1)
     solution = lx.linear_solve(
         lx.FunctionLinearOperator(operator, like),
         b / unit,
-        lx.GMRES(rtol=tolerance, atol=tolerance),
+        lx.GMRES(rtol=rtol, atol=rtol),
+        # A failed sample of a batch must not stop the others.
+        throw=False,
         options={"preconditioner": lx.FunctionLinearOperator(inverse, like)},
     )
     return unit * solution.value
 
 
 @eqx.filter_custom_jvp
-def _solve(equations, *, guess, iteration):
-    ys, statistics = iteration.iterate(equations, guess)
-    return ys, statistics
+def _solve(equations, *, guess, method):
+    return method(equations, guess)
 
 
 @_solve.def_jvp
 def _(primals, tangents, **kwargs):
     ((equations,), (equations_dot,)) = primals, tangents
     ys, statistics = _solve(equations, **kwargs)
-    moving, fixed = driven(equations, equations_dot)
+    moving, fixed = split_by_tangent(equations, equations_dot)
 
     def images(moving, ys):
         return eqx.combine(moving, fixed).images(ys)
@@ -235,19 +270,18 @@ def _check_shapes(f: Callable, shifter: Callable, guess: States, xs: Any) -> Non
         raise ValueError(msg)
 
 
+_DAMPED_NEWTON = DampedNewton()
+
+
 @eqx.filter_jit
 def deer_solve(
     f: Callable[[list[State], Any], State],
-    inverse: Callable[[list[Transitions], States], States],
+    inverse: Callable[[list[Array], States], States],
     shifter: Callable[[States], Sequence[States]],
     guess: States,
     xs: PyTree[Array] = None,
     *,
-    causal: bool = False,
-    linearization: AbstractLinearization = _NEWTON,
-    rtol: float | None = None,
-    atol: float | None = None,
-    max_iterations: int | None = None,
+    method: DampedNewton = _DAMPED_NEWTON,
     throw: bool = True,
     return_statistics: bool = False,
 ) -> Any:
@@ -273,16 +307,7 @@ def deer_solve(
     - `guess`: `(time, state)`, of a floating type. The answer does not depend on it if
         `causal`, and otherwise as that of any Newton method does.
     - `xs`: a pytree of arrays of leading axis `time`.
-    - `causal`: whether `inverse` with `gs` of zero of the right-hand side of y depends,
-        at each point, on y at points *before* it only, as in a recurrence. Then
-        the solve cannot fail: it takes N iterations at the very most. Without, updates
-        are damped (Deuflhard, *Newton methods for nonlinear problems*, 2011, section
-        3.3), and the solve may fail.
-    - `linearization`: makes the G. With `Picard()` they are zero.
-    - `rtol`, `atol`: bounds for residual and estimated error, in each component
-        relative to the largest value that it has had so far, or has anywhere if not
-        causal. `None` means eps**0.75, and zero.
-    - `max_iterations`: `None` means N if `causal`, otherwise 100.
+    - `method`: tolerances, iterations, and what makes the G: a `DampedNewton`.
     - `throw`: whether a failed solve raises an error, at run time. Otherwise the result
         is NaN where it is not solved.
     - `return_statistics`: whether to return `Statistics`, too.
@@ -302,7 +327,7 @@ def deer_solve(
         Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over
         the sequence length*, arXiv:2309.12252, section 3.1 and algorithm 1.
     """
-    check_iteration(linearization, rtol, atol, max_iterations)
+    check_instance("method", method, DampedNewton, "DampedNewton()")
     guess = jnp.asarray(guess)
     if (
         guess.ndim != 2
@@ -318,16 +343,15 @@ def deer_solve(
     guess = lax.stop_gradient(guess)
     _check_shapes(f, shifter, guess, xs)
     # So that all they close over is an argument, which is differentiated.
-    equations = _Framework(causal, f, inverse, shifter, xs, linearization)
+    equations = _Framework(f, inverse, shifter, xs, method.linearization)
     x = jax.tree.map(lambda x: x[0], xs)
     shifted = list(shifter(guess))
     equations = _Framework(
-        causal,
         eqx.filter_closure_convert(f, [y[0] for y in shifted], x),
-        eqx.filter_closure_convert(inverse, equations.without(guess), guess),
+        eqx.filter_closure_convert(inverse, equations.zeros(guess), guess),
         eqx.filter_closure_convert(shifter, guess),
         xs,
-        linearization,
+        method.linearization,
     )
     image = jax.eval_shape(equations.images, guess)
     if jnp.shape(image) != guess.shape or image.dtype != guess.dtype:
@@ -336,20 +360,9 @@ def deer_solve(
             f"{guess.shape}; got {jax.tree.map(lambda x: (x.dtype, x.shape), image)}."
         )
         raise ValueError(msg)
-    tolerance = float(jnp.finfo(guess.dtype).eps) ** 0.75
-    iteration = NewtonIteration(
-        linearization,
-        SequentialScan(),
-        ConstantPredictor(),
-        tolerance if rtol is None else rtol,
-        0.0 if atol is None else atol,
-        _MAX_ITERATIONS if max_iterations is None and not causal else max_iterations,
-        None,
-    )
-    ys, statistics = _solve(equations, guess=guess, iteration=iteration)
-    failed = statistics.result != optx.RESULTS.successful
-    solved = ~failed | (jnp.arange(len(ys)) < statistics.num_solved)
-    ys = jnp.where(solved[:, None], ys, jnp.nan)
+    ys, statistics = _solve(equations, guess=guess, method=method)
+    succeeded = statistics.result == optx.RESULTS.successful
+    ys = jnp.where(succeeded, ys, jnp.nan)
     if throw:
         ys = raise_if_failed(ys, statistics.result, _FAILURES)
     return (ys, statistics) if return_statistics else ys

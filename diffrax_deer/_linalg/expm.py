@@ -25,61 +25,15 @@ import math
 from collections.abc import Callable
 
 import equinox.internal as eqxi
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from ._custom_types import Matrix
-
-# Above this size the products go to a matrix-multiplication routine; below it XLA fuses
-# a sum of outer products into its surroundings, up to forty times faster on a CPU.
-_MAX_UNROLLED = 16
+from .._custom_types import Matrix
+from .products import matmul
 
 # Taylor polynomials up to this norm: 0.6**16 / 16! is 1e-17, 0.6**9 / 9! is 3e-8.
 _RADIUS = 0.6
-
-
-@jax.custom_jvp
-def matmul(
-    a: Float[Array, "rows inner"], b: Float[Array, "inner columns"]
-) -> Float[Array, "rows columns"]:
-    """The product of two small matrices, in full precision.
-
-    TF32 products would let Newton's method stall near 1e-3.
-    """
-    if 0 < a.shape[-1] <= _MAX_UNROLLED:
-        out = a[:, 0, None] * b[None, 0, :]
-        for k in range(1, a.shape[-1]):
-            out = out + a[:, k, None] * b[None, k, :]
-        return out
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-@matmul.defjvp
-def _(primals, tangents):
-    # The transpose of a sum of outer products is a slow cascade of paddings.
-    (a, b), (a_dot, b_dot) = primals, tangents
-    product = lambda x, y: jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
-    return matmul(a, b), product(a_dot, b) + product(a, b_dot)
-
-
-def matvec(
-    a: Float[Array, "rows inner"], x: Float[Array, " inner"]
-) -> Float[Array, " rows"]:
-    """The product of a small matrix and a vector, in full precision."""
-    if x.shape[-1] <= _MAX_UNROLLED:
-        return jnp.sum(a * x[None, :], axis=-1)
-    return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
-
-
-def vecmat(
-    x: Float[Array, " rows"], a: Float[Array, "rows columns"]
-) -> Float[Array, " columns"]:
-    """The product of a vector and a small matrix, in full precision."""
-    if x.shape[-1] <= _MAX_UNROLLED:
-        return jnp.sum(a * x[:, None], axis=0)
-    return jnp.matmul(x, a, precision=lax.Precision.HIGHEST)
 
 
 def _taylor(z: Matrix, offset: int) -> Matrix:

@@ -1,10 +1,11 @@
 r"""All the windows of a solve: what there is to do, and what comes of it.
 
 The answer of a solve is one recurrence, whatever windows it was found in. Where a step
-size controller makes steps that are known beforehand, their windows are one grid, and
-solved together; others are solved one after another.
+size controller makes static windows, they are one grid, and solved together; others
+are solved one after another.
 """
 
+import dataclasses
 from typing import Any
 
 import diffrax
@@ -14,19 +15,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._controller import WholeInterval
-from ._custom_types import Args, RealScalarLike, States, Y
-from ._events import EventSearch
-from ._solver import DEERSolver, WindowState
-from ._step_map import SolverStep, ravel
-from ._trajectory import Trajectory
+from .._custom_types import Args, RealScalarLike, States, Y
+from .._gradient import AbstractGradient
+from .._method import AbstractMethod
+from .._ode.deer_solver import DEERSolver
+from .._ode.grid_solve import Trajectory
+from .._ode.solver_step import SolverStep
+from .._ode.whole_interval import WholeInterval
+from .._ode.window_state import WindowState
+from .._ravel import ravel
+from .._statistics import Statistics
+from .events import EventSearch
 
 
 class Steps(eqx.Module):
-    """Inner steps in the order of time, not all of which have been taken.
+    """Inner steps in the order of time, not all of which belong to the solution.
 
     - `t0s`, `t1s`, `(time,)`, and `y0s`, `(time, state)`: where to evaluate the step,
-        one of length zero where there is no solution.
+        another one where there is no solution.
     - `ends`, `(time,)`, and `y1s`, `(time, state)`: where the step leads.
     - `taken`, `(time,)`: whether it belongs to the solution.
     """
@@ -68,8 +74,14 @@ class Ends(eqx.Module):
     kept: Bool[Array, " windows"]
 
 
-class Carry(eqx.Module):
-    """What one window hands on to the next."""
+class LoopState(eqx.Module):
+    """What one window hands on to the next, as in diffrax's integration loop.
+
+    - `last`: the last step that belongs to the solution, of leading axis 1.
+    - `num_iterations`, `max_iterations`: of all windows together, and of the one with
+        most.
+    - `residual`: the largest of all accepted windows; `None` if none was measured.
+    """
 
     t_prev: RealScalarLike
     t_next: RealScalarLike
@@ -80,27 +92,42 @@ class Carry(eqx.Module):
     result: diffrax.RESULTS
     num_steps: Int[Array, ""]
     num_accepted: Int[Array, ""]
-    # The last step that was taken, of leading axis 1.
     last: Steps
     event_values: PyTree[Array]
     event_mask: PyTree[Bool[Array, ""]]
     num_iterations: Int[Array, ""]
-    most_iterations: Int[Array, ""]
-    residual: Float[Array, ""]
+    max_iterations: Int[Array, ""]
+    residual: Float[Array, ""] | None
+
+    def count(self, statistics: Statistics, keep: Bool[Array, ""]) -> "LoopState":
+        """One more window, accepted or not."""
+        old, new = self.residual, statistics.residual
+        residual = new
+        if old is not None and new is not None:
+            residual = jnp.where(keep, jnp.maximum(old, new), old)
+        return dataclasses.replace(
+            self,
+            num_steps=self.num_steps + 1,
+            num_accepted=self.num_accepted + jnp.where(keep, 1, 0),
+            num_iterations=self.num_iterations + statistics.num_iterations,
+            max_iterations=jnp.maximum(self.max_iterations, statistics.num_iterations),
+            residual=residual,
+        )
 
 
 class Outcome(eqx.Module):
     """The whole solve.
 
-    - `carry`: as after the last window.
-    - `steps`: those to look save times up in, at `index`, `(times,)`, if `found`.
+    - `state`: as after the last window.
+    - `steps`: those to look save times up in, at `index`, `(times,)`, if `found`;
+        `None` if nothing is looked up.
     - `ends`: of all windows, if they are to be saved.
     - `dense_infos`: what the interpolation of each step is made from, if the steps
         that were solved for have yielded it.
     """
 
-    carry: Carry
-    steps: Steps
+    state: LoopState
+    steps: Steps | None
     index: Int[Array, " times"]
     found: Bool[Array, " times"]
     ends: Ends | None
@@ -116,7 +143,8 @@ class Windows(eqx.Module):
     """A differential equation and how it is to be cut into windows.
 
     The fields are the arguments of `diffrax.AbstractAdjoint.loop`; `save_ts`,
-    `(times,)`, are all the times to save at, `max_windows` those of records.
+    `(times,)`, are all the times to save at, `save_steps` and `save_ends` whether
+    anything is looked up in steps, or saved at the ends of windows.
     """
 
     solver: DEERSolver
@@ -129,16 +157,19 @@ class Windows(eqx.Module):
     t1: RealScalarLike
     save_ts: Float[Array, " times"]
     max_steps: int | None
-    max_windows: int
+    save_steps: bool
     save_ends: bool
-    save_dense: bool
 
     def inner_step(self, y: Y) -> SolverStep:
         """One inner step."""
         return self.solver.inner_step(self.terms, y, self.args)
 
-    def knots(self, t_next: RealScalarLike) -> Float[Array, " knots"] | None:
-        """The ends of the windows, if they are known beforehand.
+    def choices(self, y: Y) -> tuple[AbstractMethod, AbstractGradient]:
+        """The method and the gradient of one window, with all choices made."""
+        return self.solver.choices(self.terms, self.t0, y, self.args)
+
+    def static_ends(self, t_next: RealScalarLike) -> Float[Array, " ends"] | None:
+        """The ends of the windows, the first beginning included, if they are static.
 
         `t_next` is the first of them, of which diffrax has checked that it is right.
         """
@@ -151,8 +182,8 @@ class Windows(eqx.Module):
         else:
             return None
         start = jnp.stack([t0, jnp.asarray(t_next)])
-        knots = jnp.concatenate([start, following])
-        return knots if self.max_steps is None else knots[: self.max_steps + 1]
+        ends = jnp.concatenate([start, following])
+        return ends if self.max_steps is None else ends[: self.max_steps + 1]
 
     def event_values(self, ts: Float[Array, " time"], ys: States, unravel) -> Any:
         """The values of all event functions at `ts`, leaves of shape `(time,)`."""
@@ -160,10 +191,10 @@ class Windows(eqx.Module):
         assert event is not None
         return jax.vmap(lambda t, y: event.values(t, unravel(y)))(ts, ys)
 
-    def running(self, carry: Carry) -> Bool[Array, ""]:
+    def running(self, state: LoopState) -> Bool[Array, ""]:
         """Whether there is another window to solve."""
-        successful = jnp.asarray(diffrax.is_successful(carry.result))
-        return jnp.asarray(carry.t_prev < self.t1) & successful
+        successful = jnp.asarray(diffrax.is_successful(state.result))
+        return jnp.asarray(state.t_prev < self.t1) & successful
 
     def advance(self, meter: PyTree[Any], t: RealScalarLike) -> PyTree[Any]:
         """Moves the progress meter; `t` comes from the solution, so it runs behind."""

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._custom_types import Args, IntScalarLike, RealScalarLike, Y
+from .._custom_types import Args, IntScalarLike, RealScalarLike, Y
 
 
 class WholeInterval(diffrax.AbstractStepSizeController):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._custom_types import DenseInfo, RealScalarLike
+from .._custom_types import DenseInfo, RealScalarLike
 
 
 class WindowInterpolation(diffrax.AbstractLocalInterpolation):

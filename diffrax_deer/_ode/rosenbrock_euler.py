@@ -14,10 +14,11 @@ from typing import ClassVar
 
 import diffrax
 
-from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from ._linearization import value_and_jacobian
-from ._matrix_functions import matvec, phi1
-from ._step_map import ravel
+from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._linalg.expm import phi1
+from .._linalg.products import matvec
+from .._ravel import ravel
+from .._step_map import value_and_jacobian
 
 
 class ExponentialRosenbrockEuler(diffrax.AbstractAdaptiveSolver):

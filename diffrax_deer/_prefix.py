@@ -1,4 +1,4 @@
-"""What trajectories, whose steps depend on none after them, are handled with."""
+"""Trajectories of which a leading part is known: `(time, state)` and how to cut it."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ def shift(y0: State, ys: States) -> States:
     return jnp.concatenate([y0[None], ys[:-1]])
 
 
-def norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
-    """The norm of a state: unlike its components, it rarely passes through zero."""
+def max_norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
+    """The maximum norm of a state: unlike a component, it rarely passes through 0."""
     return jnp.max(jnp.abs(x), axis=-1)
 
 
-def prefix(good: Bool[Array, " time"]) -> Int[Array, ""]:
+def count_leading_true(mask: Bool[Array, " time"]) -> Int[Array, ""]:
     """The number of leading `True`s."""
-    return jnp.where(jnp.all(good), good.size, jnp.argmin(good))
+    return jnp.where(jnp.all(mask), mask.size, jnp.argmin(mask))
 
 
-def hold(y0: State, ys: States, num_known: Int[Array, ""]) -> States:
-    """From the end of the `num_known` leading states on the last of them, or `y0`."""
+def hold_last(y0: State, ys: States, num_known: Int[Array, ""]) -> States:
+    """The `num_known` leading states, then the last of them (or `y0`) repeated."""
     last = jnp.where(num_known == 0, y0, ys[jnp.maximum(num_known - 1, 0)])
     return jnp.where(jnp.arange(len(ys))[:, None] < num_known, ys, last)
 

@@ -32,8 +32,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._custom_types import Matrix, RealScalarLike, State
-from ._linearization import driven, value_and_jacobian
+from .._custom_types import Matrix, RealScalarLike, State
+from .._defaults import UNROLLED_STAGES
+from .._step_map import split_by_tangent, value_and_jacobian
 
 Times = tuple[RealScalarLike, RealScalarLike]
 Weights = tuple[float, ...]
@@ -105,9 +106,7 @@ def stage_state(row: Weights, y: State, ks: Sequence[State]) -> State:
 
 def _product(a: Matrix, x: State) -> State:
     """The product of a small matrix and a vector, in full precision."""
-    # With one matrix for each step, XLA's own product is the fastest on a CPU, also
-    # transposed, and the slowest by far for these sizes.
-    if 4 <= x.size <= 6:
+    if x.size in UNROLLED_STAGES:
         return sum((a[:, k] * x[k] for k in range(1, x.size)), start=a[:, 0] * x[0])
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
 
@@ -162,7 +161,7 @@ def _(primals, tangents, *, tableau):
     fill = lambda x, x_dot: jnp.zeros_like(x) if x_dot is None else x_dot
     times_dot = list(map(fill, times, times_dot))
     drivers_dot = field_dot, x_dot
-    drivers, fixed = driven((field, x), drivers_dot)
+    drivers, fixed = split_by_tangent((field, x), drivers_dot)
 
     @jax.jit
     def linearize(drivers, t, y, drivers_dot, t_dot):

@@ -1,0 +1,334 @@
+r"""Windows that a controller chooses: a search, and then one grid for the derivative.
+
+A loop without derivatives lets the controller choose the windows and records their
+trajectories. Their ends have no derivative with respect to the solution under the
+controllers that this is for, so that all recorded windows are one known grid: a second
+pass takes the recorded states for the solution, and only differentiates. The gradient
+is parallel in time, though the windows were found one after another.
+"""
+
+import dataclasses
+import functools as ft
+import math
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._checks import check_window_state
+from .._custom_types import BoolScalarLike, RealScalarLike, State, States, Y
+from .._defaults import NUM_SKIPPED_GROUPS, group_size
+from .._diffrax_conventions import clip_to_end
+from .._method import Given
+from .._ode.grid_solve import solve_grid
+from .._ode.window_state import window_state
+from .._prefix import select
+from .._ravel import ravel
+from .loop_state import Ends, LoopState, Outcome, Steps, Windows, as_arrays, steps_of
+
+
+class Record(eqx.Module):
+    """What the search found out about a window, and its solution.
+
+    - `keep`: whether it was accepted.
+    - `t_prev`, `t_next`: where the next one begins and ends.
+    - `num_solved` and `ys`, `(time, state)`: as those of a `Trajectory`.
+    - `error`, `(state,)`: the largest of any step, `None` if it is not estimated.
+    """
+
+    keep: Bool[Array, ""]
+    t_prev: Float[Array, ""]
+    t_next: Float[Array, ""]
+    num_solved: Int[Array, ""]
+    ys: States
+    error: State | None
+
+
+class _Decision(eqx.Module):
+    """What a controller makes of a window: the arguments of the next one."""
+
+    keep: Bool[Array, ""]
+    t_prev: Float[Array, ""]
+    t_next: Float[Array, ""]
+    made_jump: BoolScalarLike
+    controller_state: PyTree[Any]
+    result: diffrax.RESULTS
+
+
+def _decide(
+    controller: diffrax.AbstractStepSizeController,
+    t1: RealScalarLike,
+    interval: tuple[RealScalarLike, RealScalarLike, PyTree[Any]],
+    states: tuple[Y, Y, Y | None],
+    args: Any,
+    order: Any,
+) -> _Decision:
+    """Calls `controller` as diffrax does.
+
+    `interval` are the ends of the window and the state of the controller, `states` are
+    those at its ends and the error.
+    """
+    t_prev, t_next, controller_state = interval
+    y0, y1, error = states
+    keep, t_prev, t_next, made_jump, controller_state, result = (
+        controller.adapt_step_size(
+            t_prev, t_next, y0, y1, args, error, order, controller_state
+        )
+    )
+    keep = jnp.asarray(keep)
+    t_prev = jnp.minimum(t_prev, t1)
+    t_next = clip_to_end(t_prev, jnp.asarray(t_next), t1, keep)
+    return _Decision(keep, t_prev, t_next, made_jump, controller_state, result)
+
+
+def _attempt(windows: Windows, state: LoopState) -> tuple[LoopState, Record]:
+    """One window."""
+    solver, terms, args = windows.solver, windows.terms, windows.args
+    ts = solver.grid(state.t_prev, state.t_next)
+    (flat, unravel), inner = ravel(state.y), windows.inner_step(state.y)
+    guess = solver.initial_guess(terms, ts, state.y, state.solver_state)
+    trajectory = solve_grid(inner, ts, flat, guess, solver.method, solver.gradient)
+    error, y1 = trajectory.largest_error(), unravel(trajectory.ys[-1])
+    decision = _decide(
+        windows.controller,
+        windows.t1,
+        (state.t_prev, state.t_next, state.controller_state),
+        (state.y, y1, None if error is None else unravel(error)),
+        args,
+        solver.error_order(terms),
+    )
+    keep = decision.keep
+    success = diffrax.RESULTS.successful
+    result = diffrax.RESULTS.where(keep, trajectory.result(), success)
+    result = diffrax.RESULTS.where(diffrax.is_okay(result), decision.result, result)
+    kept = lambda new, old: select(keep, new, old)
+    steps = steps_of(trajectory, jnp.broadcast_to(keep, len(ts) - 1))
+    statistics = trajectory.statistics
+    new = dataclasses.replace(
+        state.count(statistics, keep),
+        t_prev=decision.t_prev,
+        t_next=decision.t_next,
+        y=kept(y1, state.y),
+        made_jump=kept(jnp.asarray(decision.made_jump), state.made_jump),
+        solver_state=kept(window_state(trajectory), state.solver_state),
+        controller_state=decision.controller_state,
+        result=result,
+        last=kept(steps[-1:], state.last),
+    )
+    t_prev, t_next = decision.t_prev, decision.t_next
+    ys, num_solved = trajectory.ys, statistics.num_solved
+    return as_arrays((new, Record(keep, t_prev, t_next, num_solved, ys, error)))
+
+
+def _search(
+    windows: Windows, state: LoopState, meter: PyTree[Any], max_windows: int
+) -> tuple[LoopState, Record, PyTree[Any]]:
+    """Chooses all windows and records them; without derivatives."""
+    types, record = eqx.filter_eval_shape(_attempt, windows, state)
+    residual = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), types.residual)
+    state = dataclasses.replace(state, residual=residual)
+    state = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, types)
+    zeros = lambda s: jnp.zeros((max_windows, *s.shape), s.dtype)
+    records = jax.tree.map(zeros, record)
+
+    # The condition and the place to write at are those of a whole batch: where each
+    # sample has its own, every window costs a copy of all the records.
+    def running(carry):
+        index, state, *_ = carry
+        return eqxi.unvmap_any(windows.running(state)) & (index < max_windows)
+
+    def step(carry):
+        index, state, records, meter = carry
+        new, record = _attempt(windows, state)
+        state = select(windows.running(state), new, state)
+        records = jax.tree.map(lambda b, r: b.at[index].set(r), records, record)
+        return index + 1, state, records, windows.advance(meter, state.t_prev)
+
+    init = jnp.array(0, int), state, records, meter
+    return lax.while_loop(running, step, init)[1:]
+
+
+def adaptive_windows(
+    windows: Windows, state: LoopState, meter: PyTree[Any], max_windows: int
+) -> tuple[Outcome, PyTree[Any]]:
+    """At most `max_windows` windows; also returns the state of the progress meter."""
+    check_window_state(state.solver_state, windows.solver.num_steps)
+    search = lambda state, meter: _search(windows, state, meter, max_windows)
+    search = eqx.filter_closure_convert(search, state, meter)
+    arrays, rest = eqx.partition((search, state), eqx.is_array)
+    search, start = eqx.combine(lax.stop_gradient(arrays), rest)
+    last, records, meter = search(start, meter)
+    new, steps, ends = _replay(windows, state, last, records)
+    index, found = jnp.zeros(0, int), jnp.zeros(0, bool)
+    if steps is not None:
+        index, found = steps.locate(windows.save_ts)
+    return Outcome(new, steps, index, found, ends), meter
+
+
+def _prepend(t: Array, ts: Float[Array, " windows"]) -> Array:
+    return jnp.concatenate([t[None], ts])
+
+
+@eqx.filter_custom_jvp
+def _window_ends(first: Any, *, y: State, order: Any, records: Record):
+    """Where windows begin and end, and one more; each of shape `(windows + 1,)`.
+
+    `first` is what this depends on differentiably: the controller, the end of all, and
+    the first interval. `y` is the initial state. That derivative is a symbolic zero in
+    training; only where it is not, the controller is asked once more.
+    """
+    del y, order
+    _, _, (t_prev, t_next, _) = first
+    return _prepend(t_prev, records.t_prev), _prepend(t_next, records.t_next)
+
+
+@_window_ends.def_jvp
+def _(primals, tangents, *, y, order, records):
+    def again(first):
+        controller, t1, interval = first
+        flat, unravel = ravel(y)
+
+        def window(carry, record):
+            flat, interval = carry
+            error = None if record.error is None else unravel(record.error)
+            states = unravel(flat), unravel(record.ys[-1]), error
+            new = _decide(controller, t1, interval, states, None, order)
+            # The recorded value, with the derivative of the one computed again.
+            pin = lambda new, t: lax.stop_gradient(new) + t - lax.stop_gradient(t)
+            t_prev, t_next = (
+                pin(record.t_prev, new.t_prev),
+                pin(record.t_next, new.t_next),
+            )
+            interval = as_arrays((t_prev, t_next, new.controller_state))
+            flat = jnp.where(record.keep, record.ys[-1], flat)
+            return (flat, interval), interval[:2]
+
+        _, (t_prev, t_next) = lax.scan(window, (flat, interval), records)
+        return _prepend(interval[0], t_prev), _prepend(interval[1], t_next)
+
+    return eqx.filter_jvp(again, primals, tangents)
+
+
+class _Group(eqx.Module):
+    """Consecutive recorded windows, and their numbers; leaves of axis `windows`."""
+
+    index: Int[Array, " windows"]
+    kept: Bool[Array, " windows"]
+    starts: Float[Array, " windows"]
+    ends: Float[Array, " windows"]
+    ys: Float[Array, "windows time state"]
+
+
+def _differentiable(
+    windows: Windows, group: _Group, y: Y, num_solved: Int[Array, ""]
+) -> tuple[Y, Steps, States]:
+    """The steps of recorded windows from `y` on, of which `num_solved` are solved.
+
+    Returns the state after them, the steps, `(windows, time)`, and the states at the
+    ends of the windows. A window that was rejected is one of length zero here.
+    """
+    flat, unravel = ravel(y)
+    size, num_steps, _ = group.ys.shape
+    # Nothing moves in a window that was rejected.
+    latest = lax.cummax(jnp.where(group.kept, jnp.arange(size), -1))
+    start = jax.vmap(select, (0, 0, None))(latest >= 0, group.ys[latest, -1], flat)
+    start = jnp.broadcast_to(start[:, None], group.ys.shape)
+    ys = _merge(jax.vmap(select)(group.kept, group.ys, start))
+    grids = jax.vmap(windows.solver.grid)(group.starts, group.ends)
+    ts = jnp.concatenate([grids[:, :-1].reshape(-1), group.ends[-1:]])
+    here = jnp.clip(num_solved - group.index[0] * num_steps, 0, size * num_steps)
+    inner, gradient = windows.inner_step(y), windows.solver.gradient
+    trajectory = solve_grid(inner, ts, flat, ys, Given(here), gradient)
+    steps = steps_of(trajectory, jnp.repeat(group.kept, num_steps))
+    steps = jax.tree.map(lambda x: x.reshape(size, num_steps, *x.shape[1:]), steps)
+    past = jnp.concatenate([trajectory.y0[None], trajectory.ys])
+    ends = trajectory.ys[num_steps - 1 :: num_steps]
+    return unravel(past[trajectory.statistics.num_solved]), steps, ends
+
+
+def _merge(tree: PyTree[Array]) -> PyTree[Array]:
+    """The two leading axes made one."""
+    # Not -1, of which an empty state makes zero by zero.
+    merge = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jax.tree.map(merge, tree)
+
+
+def _groups(
+    windows: Windows, records: Record, starts: Array, kept: Array, y: Y
+) -> _Group:
+    """The records in groups of groups, of axes `(many, groups, windows)`."""
+    max_windows, num_steps = records.ys.shape[:2]
+    size = max(1, group_size(ravel(y)[0].size ** 2) // num_steps)
+    size = min(max_windows, size)
+    num_groups = min(NUM_SKIPPED_GROUPS, -(-max_windows // size))
+    shape = -(-max_windows // (size * num_groups)), num_groups, size
+    index = jnp.arange(math.prod(shape))
+    # A step ends where the next one starts, also the last one of all.
+    times = jnp.pad(starts, (0, len(index) - max_windows), mode="edge")
+
+    def grouped(x):
+        missing = jnp.zeros((len(index) - len(x), *x.shape[1:]), x.dtype)
+        return jnp.concatenate([x, missing]).reshape(*shape, *x.shape[1:])
+
+    parts = _Group(index, kept, times[:-1], times[1:], records.ys)
+    return jax.tree.map(grouped, parts)
+
+
+def _replay(
+    windows: Windows, state: LoopState, last: LoopState, records: Record
+) -> tuple[LoopState, Steps | None, Ends | None]:
+    """The recorded windows from `state` to `last` again, differentiably.
+
+    Also their steps and ends, where they are to be saved.
+    """
+    max_windows, num_steps = records.ys.shape[:2]
+    interval = state.t_prev, state.t_next, state.controller_state
+    starts, ends = _window_ends(
+        (windows.controller, windows.t1, interval),
+        y=lax.stop_gradient(ravel(state.y)[0]),
+        order=windows.solver.error_order(windows.terms),
+        records=records,
+    )
+    num_made = last.num_steps - state.num_steps
+    made = jnp.arange(max_windows) < num_made
+    kept = made & records.keep
+    # Only the last one may be unsolved, in part: that is the end.
+    unsolved = jnp.where(kept, num_steps - records.num_solved, 0)
+    num_solved = num_made * num_steps - jnp.sum(unsolved)
+    groups = _groups(windows, records, starts, kept, state.y)
+
+    def unless_idle(f, y, group):
+        nothing = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), eqx.filter_eval_shape(f, y)[1]
+        )
+        is_idle = group.index.reshape(-1)[0] >= num_made
+        return lax.cond(eqxi.unvmap_all(is_idle), lambda y: (y, nothing), f, y)
+
+    # Made again for the derivative, so that memory is that of trajectories.
+    @ft.partial(jax.checkpoint, prevent_cse=False)
+    def one(y, group):
+        def differentiable(y):
+            y, steps, ends = _differentiable(windows, group, y, num_solved)
+            steps = steps if windows.save_steps else None
+            return y, (steps, ends if windows.save_ends else None)
+
+        return unless_idle(differentiable, y, group)
+
+    # Idle groups are skipped many at a time.
+    @ft.partial(jax.checkpoint, prevent_cse=False)
+    def many(y, groups):
+        return unless_idle(lambda y: lax.scan(one, y, groups), y, groups)
+
+    y, found = lax.scan(many, state.y, groups)
+    steps, at_ends = jax.tree.map(lambda x: x[:max_windows], _merge(_merge(found)))
+    if at_ends is not None:
+        counts = state.num_accepted + jnp.cumsum(kept, dtype=state.num_accepted.dtype)
+        at_ends = Ends(starts[1:], ends[:-1], at_ends, counts, kept)
+    t_prev, t_next = starts[num_made], ends[num_made]
+    done = dataclasses.replace(last, t_prev=t_prev, t_next=t_next, y=y)
+    return done, _merge(steps), at_ends

@@ -1,0 +1,317 @@
+"""`DEERAdjoint`: the solve without the loop that diffrax has around it."""
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .._defaults import MAX_RECORD_ENTRIES
+from .._diffrax_conventions import final_state, has_constant_factors, saved
+from .._ode.deer_solver import DEERSolver
+from .._ode.solver_step import SolverStep
+from .._prefix import select
+from .._ravel import ravel
+from .adaptive_windows import adaptive_windows
+from .events import EventSearch
+from .loop_state import LoopState, Outcome, Windows, as_arrays
+from .saveat import Final, SaveTimes, dense, interpolate, interpolation, save
+from .static_windows import static_windows
+
+
+class DEERAdjoint(diffrax.AbstractAdjoint):
+    r"""Solves and differentiates `DEERSolver`'s windows in parallel.
+
+    The values are those that any other adjoint gives, found with less latency:
+
+    - static windows, those of `WholeInterval` and `StepTo`, are solved all together,
+        without any loop around them, and events are looked for at every inner step;
+    - windows of `PIDController` and `ConstantStepSize` are found one after another, and
+        then differentiated together, however short they are: `DEERSolver(num_steps=1)`
+        makes the steps that its inner solver would make, with a gradient that is
+        parallel in time;
+    - in both cases all save times are interpolated at once, in every form of `SaveAt`,
+        and value and gradient together take one solve, since the converged trajectory
+        is kept.
+
+    Anything else is left to `diffrax.RecursiveCheckpointAdjoint`: other controllers,
+    events under a controller, `max_steps=None`, and windows of which `max_steps` would
+    be too many to record, more than 2^15 numbers.
+
+    Derivatives are exact, in forward and reverse mode and of any order, with respect to
+    `y0`, `args`, all that the vector field closes over, `t0`, `t1` and save times.
+
+    `sol.stats` has, beside diffrax's numbers of steps (= windows) made, accepted and
+    rejected: `method` and `gradient`, which were used; `num_newton_iterations`, all of
+    them, `max_newton_iterations`, those of the window with most, and `residual`, the
+    largest of all accepted windows, in the units of y. Windows that are solved together
+    count as one here. `None` where nothing was counted or measured.
+
+    **Raises:** `ValueError` for any other solver than `DEERSolver`.
+
+    **Cost** for N steps a window, W windows, D state components: memory O(W N D), with
+    W = `max_steps` where a controller chooses the windows. With `ParallelGradient`,
+    O(N D²) more for the windows that are differentiated together: all of static
+    windows, otherwise a few.
+    """
+
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        event,
+        saveat,
+        t0,
+        t1,
+        dt0,
+        max_steps,
+        throw,
+        init_state,
+        passed_solver_state,
+        passed_controller_state,
+        progress_meter,
+    ) -> Any:
+        """Called by `diffrax.diffeqsolve`."""
+        _check_solver(solver)
+        call = lambda function, t, y: function(
+            t,
+            y,
+            args,
+            terms=terms,
+            solver=solver,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            saveat=saveat,
+            stepsize_controller=stepsize_controller,
+            max_steps=max_steps,
+        )
+        subs = jax.tree.leaves(saveat.subs, is_leaf=_is_sub)
+        # The times of all subs, together.
+        all_ts = [sub.ts for sub in subs if sub.ts is not None]
+        all_ts = jnp.concatenate([jnp.asarray(t0)[None][:0], *all_ts])
+        windows = Windows(
+            solver=solver,
+            terms=terms,
+            args=args,
+            controller=stepsize_controller,
+            event=None if event is None else EventSearch(event, call),
+            progress_meter=progress_meter,
+            t0=t0,
+            t1=t1,
+            save_ts=all_ts,
+            max_steps=max_steps,
+            save_steps=saveat.dense or len(all_ts) > 0,
+            save_ends=any(sub.steps != 0 for sub in subs),
+        )
+        state, meter = (
+            _first_state(init_state, windows),
+            init_state.progress_meter_state,
+        )
+        ends = None if passed_controller_state else windows.static_ends(state.t_next)
+        if ends is not None and len(ends) > 1:
+            outcome = static_windows(windows, state, ends)
+            meter = windows.advance(meter, outcome.state.t_prev)
+        elif _can_record(windows, state):
+            outcome, meter = adaptive_windows(windows, state, meter, max_steps)
+        else:
+            return self._delegate(
+                windows,
+                state,
+                args=args,
+                terms=terms,
+                solver=solver,
+                stepsize_controller=stepsize_controller,
+                event=event,
+                saveat=saveat,
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                max_steps=max_steps,
+                throw=throw,
+                init_state=init_state,
+                passed_solver_state=passed_solver_state,
+                passed_controller_state=passed_controller_state,
+                progress_meter=progress_meter,
+            )
+        contiguous = ends is not None
+        return _finish(windows, outcome, meter, saveat, init_state, contiguous)
+
+    def _delegate(self, windows: Windows, state: LoopState, **kwargs: Any) -> Any:
+        """Diffrax's own loop, with the choices of the solver among the statistics."""
+        final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
+        return final, stats | _stats(windows, state, None, None, None)
+
+
+def _is_sub(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
+
+
+def _can_record(windows: Windows, state: LoopState) -> bool:
+    """Whether the windows of a controller are recorded, and differentiated together."""
+    if windows.max_steps is None or windows.event is not None:
+        return False
+    size = max(1, ravel(state.y)[0].size)
+    num_entries = windows.max_steps * windows.solver.num_steps * size
+    is_short = 0 < num_entries <= MAX_RECORD_ENTRIES
+    return is_short and has_constant_factors(windows.controller)
+
+
+def _stats(
+    windows: Windows,
+    state: LoopState,
+    num_iterations: Array | None,
+    max_iterations: Array | None,
+    residual: Array | None,
+) -> dict[str, Any]:
+    method, gradient = windows.choices(state.y)
+    return {
+        "method": method,
+        "gradient": gradient,
+        "num_newton_iterations": num_iterations,
+        "max_newton_iterations": max_iterations,
+        "residual": residual,
+    }
+
+
+def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:
+    """Where the solve has ended: after the last step, or at the root of an event."""
+    state, search = outcome.state, windows.event
+    t, y, result = state.t_prev, state.y, state.result
+    is_cut = search is not None and search.event.root_finder is not None
+    if is_cut:
+        path = interpolation(inner, state.last)
+        root_t, root_y, root = search.locate(state.event_mask, path)
+        occurred = (state.num_steps > 0) & (result == diffrax.RESULTS.event_occurred)
+        failed = occurred & (root != diffrax.RESULTS.successful)
+        result = diffrax.RESULTS.where(failed, root, result)
+        t, y = select(occurred, (root_t, root_y), (t, y))
+    running = (state.t_prev < windows.t1) & diffrax.is_successful(result)
+    result = diffrax.RESULTS.where(
+        running,
+        diffrax.RESULTS.max_steps_reached,  # pyright: ignore
+        result,
+    )
+    return Final(t, y, result, state.num_accepted, is_cut)
+
+
+def _finish(
+    windows: Windows,
+    outcome: Outcome,
+    meter: PyTree[Any],
+    saveat: diffrax.SaveAt,
+    init_state: Any,
+    contiguous: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """What diffrax asks of a loop; `contiguous` as for `dense`."""
+    state, inner = outcome.state, windows.inner_step(init_state.y)
+    final = _end(windows, outcome, inner)
+    dense_ts = dense_infos = index = None
+    if saveat.dense:
+        dense_ts, dense_infos, index = dense(
+            inner, outcome.steps, windows.t0, contiguous
+        )
+    final_loop_state = final_state(
+        init_state,
+        save_state=_save_all(saveat, init_state, windows, outcome, inner, final),
+        dense_ts=dense_ts,
+        dense_infos=dense_infos,
+        dense_save_index=index,
+        solver_state=state.solver_state,
+        controller_state=state.controller_state,
+        made_jump=state.made_jump,
+        progress_meter_state=meter,
+        num_steps=state.num_steps,
+        num_accepted_steps=state.num_accepted,
+        num_rejected_steps=state.num_steps - state.num_accepted,
+        result=final.result,
+        event_mask=None if windows.event is None else state.event_mask,
+    )
+    counts = state.num_iterations, state.max_iterations, state.residual
+    return final_loop_state, _stats(windows, state, *counts)
+
+
+def _check_solver(solver: Any) -> None:
+    # `type`: a wrapped solver answers `isinstance` in the name of its inner one.
+    if issubclass(type(solver), DEERSolver):
+        return
+    name = type(solver).__name__
+    msg = (
+        f"`DEERAdjoint` is for `DEERSolver`; got `solver={name}(...)`. Use "
+        f"`DEERSolver({name}())` to make the same steps in parallel, or leave "
+        "`adjoint` out."
+    )
+    if type(solver) is diffrax.HalfSolver and isinstance(solver.solver, DEERSolver):
+        msg = (
+            "`DEERAdjoint` is for `DEERSolver`; got one inside of a `HalfSolver`. "
+            "`DEERSolver` has an error estimate of its own: use it as it is, or "
+            "`DEERSolver(HalfSolver(...))`, or leave `adjoint` out."
+        )
+    raise ValueError(msg)
+
+
+def _first_state(init_state: Any, windows: Windows) -> LoopState:
+    zero = jnp.zeros((), int)
+    event_state = None, None
+    if windows.event is not None:
+        event_state = init_state.event_values, init_state.event_mask
+    return as_arrays(
+        LoopState(
+            t_prev=init_state.tprev,
+            t_next=init_state.tnext,
+            y=init_state.y,
+            made_jump=init_state.made_jump,
+            solver_state=init_state.solver_state,
+            controller_state=init_state.controller_state,
+            result=init_state.result,
+            num_steps=zero,
+            num_accepted=zero,
+            last=windows.no_step(init_state.y),
+            event_values=event_state[0],
+            event_mask=event_state[1],
+            num_iterations=zero,
+            max_iterations=zero,
+            residual=None,
+        )
+    )
+
+
+def _save_all(
+    saveat: diffrax.SaveAt,
+    init_state: Any,
+    windows: Windows,
+    outcome: Outcome,
+    inner: Any,
+    final: Final,
+) -> PyTree[Any]:
+    """Diffrax's save states, filled."""
+    ts, t0, y0 = windows.save_ts, windows.t0, init_state.y
+    ys, found = None, outcome.found
+    if len(ts) > 0:
+        # What has not been found is at t0, where everything is finite.
+        ys = interpolate(inner, outcome, jnp.where(found, ts, t0))
+        empty = jnp.asarray(t0 == windows.t1)
+        spread = lambda y, y0: jnp.where(empty, y0[None], y)
+        ys, found = jax.tree.map(spread, ys, y0), found | empty
+    ends = None
+    if outcome.ends is not None:
+        ends = outcome.ends, jax.vmap(inner.unravel)(outcome.ends.ys)
+    start = 0
+
+    def fill(sub, state):
+        nonlocal start
+        times = None
+        if sub.ts is not None and len(sub.ts) > 0:
+            part = slice(start, start + len(sub.ts))
+            start = part.stop
+            pick = lambda x: x[part]
+            times = SaveTimes(sub.ts, jax.tree.map(pick, ys), found[part])
+        buffers = state.ts, state.ys
+        filled = save(sub, buffers, windows.args, (t0, y0), times, ends, final)
+        return saved(state, *filled)
+
+    return jax.tree.map(fill, saveat.subs, init_state.save_state, is_leaf=_is_sub)

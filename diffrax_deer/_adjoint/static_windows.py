@@ -1,0 +1,98 @@
+"""Windows that are static, solved all together.
+
+One grid, one Newton iteration, and everything is differentiable as it stands.
+"""
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._ode.grid_solve import Trajectory, solve_grid
+from .._ode.window_state import window_state
+from .._prefix import count_leading_true, select
+from .._ravel import ravel
+from .loop_state import (
+    Ends,
+    LoopState,
+    Outcome,
+    Windows,
+    event_result,
+    steps_of,
+)
+
+
+def _solve(
+    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
+) -> Trajectory:
+    solver, terms = windows.solver, windows.terms
+    grids = jax.vmap(solver.grid)(window_ends[:-1], window_ends[1:])
+    ts = jnp.concatenate([grids[:, :-1].reshape(-1), window_ends[-1:]])
+    guess = solver.initial_guess(terms, ts, state.y, state.solver_state)
+    inner, (flat, _) = windows.inner_step(state.y), ravel(state.y)
+    return solve_grid(inner, ts, flat, guess, solver.method, solver.gradient)
+
+
+def static_windows(
+    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
+) -> Outcome:
+    """One solve of all windows, which lie between `window_ends`."""
+    num_windows, num_steps = len(window_ends) - 1, windows.solver.num_steps
+    trajectory = _solve(windows, state, window_ends)
+    ts = trajectory.ts
+    num_succeeded = count_leading_true(trajectory.succeeded)
+    num_solved = jnp.minimum(trajectory.statistics.num_solved, num_succeeded)
+    # A window that fails is the last one, and counts.
+    num_done = jnp.minimum(num_solved // num_steps + 1, num_windows)
+    result, last = trajectory.result(), num_done * num_steps - 1
+    event_values, mask = state.event_values, state.event_mask
+    if windows.event is not None:
+        valid = jnp.arange(len(ts) - 1) < num_solved
+        values = windows.event_values(ts[1:], trajectory.ys, trajectory.inner.unravel)
+        index, mask = windows.event.first(state.event_values, values, valid)
+        happened = index < len(valid)
+        last = jnp.where(happened, index, last)
+        num_done = last // num_steps + 1
+        result = event_result(happened, result)
+    started = windows.running(state)
+    steps = steps_of(trajectory, started & (jnp.arange(len(ts) - 1) <= last))
+    flat = jnp.where(started, trajectory.ys[last], trajectory.y0)
+    statistics = trajectory.statistics
+    num_done = jnp.where(started, num_done, 0)
+    new = LoopState(
+        t_prev=jnp.where(started, ts[last + 1], state.t_prev),
+        t_next=ts[-1],
+        y=trajectory.inner.unravel(flat),
+        made_jump=jnp.array(False),
+        solver_state=window_state(trajectory),
+        controller_state=_step_to_state(windows.controller, state, num_done),
+        result=diffrax.RESULTS.where(started, result, state.result),
+        num_steps=num_done,
+        num_accepted=num_done,
+        last=steps[last][None],
+        event_values=event_values,
+        event_mask=select(started, mask, state.event_mask),
+        num_iterations=statistics.num_iterations,
+        max_iterations=statistics.num_iterations,
+        residual=statistics.residual,
+    )
+    ends = _ends(trajectory, num_steps, last, num_done) if windows.save_ends else None
+    index, found = steps.locate(windows.save_ts)
+    return Outcome(new, steps, index, found, ends, trajectory.dense_infos)
+
+
+def _ends(trajectory: Trajectory, num_steps: int, last: Array, num_done: Array) -> Ends:
+    """The ends of windows of `num_steps` steps, up to the step `last`."""
+    index = jnp.arange(len(trajectory.ys) // num_steps)
+    at = jnp.minimum((index + 1) * num_steps - 1, last)
+    ts = trajectory.ts[at + 1]
+    return Ends(ts, ts, trajectory.ys[at], index + 1, index < num_done)
+
+
+def _step_to_state(controller: Any, state: LoopState, num_done: Array) -> Any:
+    """`StepTo` counts; `WholeInterval` has no state."""
+    if type(controller) is diffrax.StepTo:
+        return state.controller_state + num_done
+    return state.controller_state

@@ -1,0 +1,252 @@
+"""`DEERSolver`: a window of steps of any diffrax solver, solved at once."""
+
+from collections.abc import Callable
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .._checks import (
+    check_count,
+    check_instance,
+    check_noise,
+    check_optional,
+    check_step_map,
+    check_window_state,
+)
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    States,
+    Y,
+)
+from .._gradient import AbstractGradient
+from .._method import AbstractMethod
+from .._ravel import promoted, ravel, rounding
+from .dense_output import WindowInterpolations
+from .grid_solve import default_method, plan, solve_grid
+from .quadrature import partition
+from .solver_step import SolverStep, prepare
+from .window_state import WindowState, initial_guess, window_state
+
+
+class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
+    r"""Solves `num_steps` steps of a diffrax solver at once, by Newton's method.
+
+    One step of `DEERSolver`, from `t0` to `t1`, is a *window*: a uniform grid of
+    `num_steps` steps of `solver`, found together by an iteration whose only sequential
+    part is a parallel prefix scan. The result is the sequential result of `solver` on
+    that grid, to rounding, and so is its gradient.
+
+        sol = diffrax.diffeqsolve(
+            term, DEERSolver(), t0, t1, dt0, y0, args, saveat=diffrax.SaveAt(ts=ts),
+            stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+        )
+
+    `PIDController` chooses the windows, such that each inner step meets the tolerance;
+    let `num_steps` be well below the number of steps that this takes. With
+    `num_steps=1` they are the steps that the inner solver would make, found in
+    sequence; with `DEERAdjoint` their gradient is parallel nevertheless.
+    With a constant step size each `dt0` is a window of its own, right but sequential:
+    use `WholeInterval()`, which makes the whole interval one window.
+
+    **Arguments:**
+
+    - `solver`: the step map, any one-step diffrax solver of ordinary differential
+        equations: `Euler` to `Dopri8`, `Kvaerno3` to `Kvaerno5`, `ImplicitEuler`,
+        `ExponentialRosenbrockEuler`... An implicit solver whose root finder has no
+        tolerances of its own gets `optimistix.Newton`, converged to rounding.
+    - `num_steps`: the steps of one window, N.
+    - `method`: how the steps are found, `Newton(...)` all at once or `Sequential()` one
+        after another. `None` means `Sequential()` on a CPU, and elsewhere `Newton()`,
+        unless the Jacobians fit into no memory.
+    - `gradient`: how they are differentiated, `ParallelGradient()`,
+        `MatrixFreeGradient()` or `SequentialGradient()`. `None` means on a CPU
+        `ParallelGradient()` where D² times the batch is at most 128, else
+        `SequentialGradient()`; elsewhere `ParallelGradient()`, unless the Jacobians fit
+        into no memory. Value and gradient are the same, to rounding, for all of these.
+    - `guess`: a `diffrax.AbstractPath` close to the solution: a previous `Solution`
+        with `SaveAt(dense=True)`, an interpolation... Before its beginning and beyond
+        its end it is taken as constant. `None` means the trajectory in `solver_state`
+        where there is one, else what the predictor of the method predicts.
+        `Sequential()` needs none.
+
+    **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range, at
+    construction; for terms with noise, for a guess of another structure than y0, and
+    for a derivative of a field with a `jax.custom_vjp`, at trace time. A failed solve
+    is a `diffrax.RESULTS`.
+
+    **Cost** of N steps and a state of D real components: that of the method and of the
+    gradient. `Sequential()` makes N steps; `Newton()` a third of the steps one after
+    another for the prediction, where there is no guess, then in each iteration all
+    steps, their transitions and one scan. Memory is O(N D), and O(N D²) where Jacobians
+    are held.
+
+    ??? cite "Reference"
+
+        Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over
+        the sequence length*, arXiv:2309.12252 (ICLR 2024).
+    """
+
+    solver: diffrax.AbstractSolver = diffrax.Dopri5()
+    num_steps: int = 64
+    method: AbstractMethod | None = None
+    gradient: AbstractGradient | None = None
+    guess: diffrax.AbstractPath | None = None
+
+    def __check_init__(self):
+        check_count("num_steps", self.num_steps)
+        check_instance("solver", self.solver, diffrax.AbstractSolver, "Dopri5()")
+        check_optional("method", self.method, AbstractMethod, "Newton()")
+        check_optional(
+            "gradient", self.gradient, AbstractGradient, "ParallelGradient()"
+        )
+        example = "a `Solution` saved with `SaveAt(dense=True)`"
+        check_optional("guess", self.guess, diffrax.AbstractPath, example)
+        if isinstance(self.solver, DEERSolver):
+            msg = "`solver` is a `DEERSolver` itself; pass its inner solver."
+            raise ValueError(msg)
+        check_step_map(self.solver)
+
+    @property
+    def term_structure(self):
+        """The terms that the inner solver takes."""
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self) -> Callable:  # pyright: ignore
+        """The inner solver's interpolation, step by step."""
+        return WindowInterpolations(self.solver.interpolation_cls)
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+        """The order of the inner solver, for windows of `num_steps` steps."""
+        return self.solver.order(terms)
+
+    def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
+        """The order of the inner solver's error estimate."""
+        return self.solver.error_order(terms)
+
+    def func(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> Y:
+        """The vector field."""
+        return self.solver.func(terms, t0, y0, args)
+
+    def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " times"]:
+        """The times of the steps of the window from `t0` to `t1`."""
+        return jnp.linspace(t0, t1, self.num_steps + 1)
+
+    def init(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> WindowState:
+        """No guess for the first window: a trajectory that does not leave `t0`."""
+        del args
+        check_noise(terms)
+        flat, _ = ravel(promoted(y0, t0, t1))
+        ts = jnp.full_like(self.grid(t0, t1), t0)
+        ys = jnp.broadcast_to(flat, (len(ts), flat.size))
+        return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int)))
+
+    def inner_step(
+        self, terms: PyTree[diffrax.AbstractTerm], y0: Y, args: Args
+    ) -> SolverStep:
+        """One step of the inner solver, on the ravelled state."""
+        check_noise(terms)
+        solver = prepare(self.solver, rounding(y0))
+        return SolverStep(solver, terms, args, ravel(y0)[1])
+
+    def choices(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        y0: Y,
+        args: Args = None,
+    ) -> tuple[AbstractMethod, AbstractGradient]:
+        """The method and the gradient of one window, with all choices made.
+
+        What `None` means for this problem, on this platform and, within `jax.vmap`, for
+        this batch. Arguments as for `init`.
+        """
+        y0 = promoted(y0, t0)
+        (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
+        found = plan(inner, self.grid(t0, t0), flat, self.method, self.gradient)
+        method = found.method.resolve(found.step_map, found.state, self.num_steps)
+        return method, found.gradient
+
+    def quadratures(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args = None,
+    ) -> PyTree[bool]:
+        """Which leaves of `y0` are left out of the Newton system.
+
+        A leaf that no component of the vector field depends on, by its dataflow, is a
+        quadrature: the log-density of a continuous normalizing flow, a running cost.
+        It costs no Jacobian column and is summed up once, along the converged solution
+        of the others; value and gradient are the same. Found with the Runge-Kutta
+        methods of diffrax, `Euler`, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
+
+        The arguments are those of `init`. **Returns:** a pytree as `y0`, of booleans.
+        """
+        y0 = promoted(y0, t0, t1)
+        parts = partition(self.inner_step(terms, y0, args), (t0, t1), ravel(y0)[0])
+        if parts is None:
+            return jax.tree.map(lambda _: False, y0)
+        is_none = lambda x: x is None
+        found = lambda y, zero: jax.tree.map(lambda _: zero is not None, y)
+        return jax.tree.map(found, y0, parts.zeros, is_leaf=is_none)
+
+    def initial_guess(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        ts: Float[Array, " times"],
+        y0: Y,
+        solver_state: WindowState,
+    ) -> States:
+        """A guess of the states at `ts[1:]`; zeros if the method needs none."""
+        (flat, _), num_steps, method = ravel(y0), len(ts) - 1, self.method
+        if method is None:
+            method = default_method(num_steps, flat.size)
+        if not method.uses_guess:
+            return jnp.zeros((num_steps, flat.size), flat.dtype)
+        return initial_guess(self.guess, terms, ts, y0, solver_state)
+
+    def step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: WindowState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y | None, DenseInfo, WindowState, diffrax.RESULTS]:
+        """Solves one window; arguments and result as for any diffrax solver."""
+        del made_jump
+        check_window_state(solver_state, self.num_steps)
+        ts = self.grid(t0, t1)
+        inner = self.inner_step(terms, y0, args)
+        guess = self.initial_guess(terms, ts, y0, solver_state)
+        flat, unravel = ravel(y0)
+        trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
+        error = trajectory.largest_error()
+        y_error = None if error is None else unravel(error)
+        dense_info = {"ts": ts, "infos": trajectory.dense_infos}
+        state, result = window_state(trajectory), trajectory.result()
+        return unravel(trajectory.ys[-1]), y_error, dense_info, state, result

@@ -1,0 +1,138 @@
+"""The solved steps of a grid, and what they say beside the states."""
+
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._custom_types import State, States
+from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
+from .._gradient import AbstractGradient, default_gradient, evaluation_points, solve
+from .._method import AbstractMethod, Newton, Sequential
+from .._statistics import Statistics
+from .._step_map import StepMap
+from .quadrature import Partition, partition
+from .solver_step import SolverStep
+
+
+class Trajectory(eqx.Module):
+    """All steps of a diffrax solver on a grid of times.
+
+    - `inner`: the step.
+    - `ts`, `(times,)`: the grid, increasing.
+    - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
+    - `statistics`: of the solve. Steps that it did not solve hold the last good state.
+    - `errors`, `(time, state)`, or `None`: the estimates of the error of each step.
+    - `dense_infos`: what the interpolation of each step is made from.
+    - `succeeded`, `(time,)`: whether the inner solver did.
+    """
+
+    inner: SolverStep
+    ts: Float[Array, " times"]
+    y0: State
+    ys: States
+    statistics: Statistics
+    errors: Float[Array, "time state"] | None
+    dense_infos: PyTree[Array]
+    succeeded: Bool[Array, " time"]
+
+    def points(self) -> tuple[tuple[Array, Array], States]:
+        """The times and the initial state of each step, or of one that was solved.
+
+        Functions of the solution that are evaluated there have finite derivatives.
+        """
+        xs, placeholder = (self.ts[:-1], self.ts[1:]), (self.ts[0], self.ts[0])
+        num_solved = self.statistics.num_solved
+        return evaluation_points(self.y0, xs, self.ys, num_solved, placeholder)
+
+    def result(self) -> diffrax.RESULTS:
+        """Successful if the recurrence and every step of the inner solver are."""
+        result = diffrax.RESULTS.promote(self.statistics.result)
+        return diffrax.RESULTS.where(
+            (result == diffrax.RESULTS.successful) & ~jnp.all(self.succeeded),
+            diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
+            result,
+        )
+
+    def largest_error(self) -> State | None:
+        """That of any step, `(state,)`; infinite if there is no solution."""
+        if self.errors is None:
+            return None
+        error = jnp.max(jnp.abs(self.errors), axis=0)
+        failed = (self.result() != diffrax.RESULTS.successful) | jnp.isnan(error)
+        return jnp.where(failed, jnp.inf, error)
+
+
+def default_method(num_steps: int, state_size: int) -> AbstractMethod:
+    """What `method=None` means for `num_steps` steps of a solver."""
+    fits = holds_jacobians(num_steps, state_size)
+    return Sequential() if prefers_sequential_steps() or not fits else Newton()
+
+
+class Plan(NamedTuple):
+    """What is solved, and how, with the choice of method and gradient made.
+
+    - `parts`: the step of what is solved for, and that of its quadratures, if any.
+    - `step_map`, `state`: the step and the initial value of what is solved for.
+    """
+
+    parts: Partition | None
+    step_map: StepMap
+    state: State
+    method: AbstractMethod
+    gradient: AbstractGradient
+
+
+def plan(
+    inner: SolverStep,
+    ts: Float[Array, " times"],
+    y0: State,
+    method: AbstractMethod | None,
+    gradient: AbstractGradient | None,
+) -> Plan:
+    """Arguments as for `solve_grid`."""
+    parts = partition(inner, (ts[0], ts[1]), y0)
+    state, step_map = y0, inner.step_map(y0)
+    if parts is not None:
+        state, _ = parts.split(y0)
+        step_map = parts.step_map(state)
+    num_steps, arguments = len(ts) - 1, (inner, ts, y0)
+    if method is None:
+        method = default_method(num_steps, state.size)
+    if gradient is None:
+        gradient = default_gradient(
+            arguments, state.size, num_steps, MAX_PARALLEL_ENTRIES
+        )
+    return Plan(parts, step_map, state, method, gradient)
+
+
+def solve_grid(
+    inner: SolverStep,
+    ts: Float[Array, " times"],
+    y0: State,
+    guess: States,
+    method: AbstractMethod | None,
+    gradient: AbstractGradient | None,
+) -> Trajectory:
+    """Makes all the steps of `inner` from `ts[n]` to `ts[n + 1]`, differentiably.
+
+    The other arguments are those of `solve`; `None` for what is fastest.
+    """
+    xs, placeholder = (ts[:-1], ts[1:]), (ts[0], ts[0])
+    parts, step_map, state, method, gradient = plan(inner, ts, y0, method, gradient)
+    if parts is not None:
+        guess, _ = jax.vmap(parts.split)(guess)
+    ys, statistics, steps = solve(
+        step_map, state, xs, guess, method, gradient, placeholder
+    )
+    if parts is not None:
+        ys, statistics, steps = parts.complete(y0, ys, statistics, steps)
+    succeeded = jnp.ones(len(ys), bool)
+    if steps.result is not None:
+        succeeded = steps.result == diffrax.RESULTS.successful
+    return Trajectory(
+        inner, ts, y0, ys, statistics, steps.error, steps.dense_info, succeeded
+    )

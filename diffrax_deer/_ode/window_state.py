@@ -1,0 +1,94 @@
+"""What a solve may take its guess from: an earlier trajectory, or a path."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._checks import check_guess
+from .._custom_types import States, Y
+from .._diffrax_conventions import direction
+from .._ravel import ravel, widest
+from .grid_solve import Trajectory
+
+
+class WindowState(eqx.Module):
+    """What `DEERSolver` carries from one window to the next: `sol.solver_state`.
+
+    The converged trajectory is the guess wherever a later window covers the same times:
+    pass it on with `SaveAt(solver_state=True)` and `diffeqsolve(..., solver_state=...)`
+    to start the next training step warm. Beyond its end it is constant.
+
+    - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
+        in the solver's own (increasing) time and ravelled state.
+    - `num_iterations`: the Newton iterations of the last window.
+    """
+
+    ts: Float[Array, " times"]
+    ys: Float[Array, "times state"]
+    num_iterations: Int[Array, ""]
+
+
+def initial_guess(
+    path: diffrax.AbstractPath | None,
+    terms: PyTree[diffrax.AbstractTerm],
+    ts: Float[Array, " times"],
+    y0: Y,
+    state: WindowState,
+) -> States:
+    """The states at `ts[1:]`, of `path` if there is one, else of `state`.
+
+    NaN from the first time on at which nothing is known.
+    """
+    flat, _ = ravel(y0)
+    if path is None:
+        dtype = widest(ts.dtype, state.ys.dtype)
+        old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
+        interpolate = lambda: _interpolated(old, ys, new)
+        if old.shape != ts.shape:
+            return interpolate().astype(flat.dtype)
+        # The usual warm start, and nothing to look up.
+        same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
+        return lax.cond(same, lambda: ys[1:], interpolate).astype(flat.dtype)
+    # The path is in the user's time, which runs backwards where this one does not.
+    times = ts[1:] * direction(terms)
+    # A path without an end has `None` there, whatever its type says.
+    ends: list[Any] = [path.t0, path.t1]
+    if all(t is not None for t in ends):
+        first, last = (jnp.asarray(t, times.dtype) for t in ends)
+        times = jnp.clip(times, jnp.minimum(first, last), jnp.maximum(first, last))
+    check_guess(path, times[0], y0)
+    evaluate = lambda t: ravel(path.evaluate(t))[0].astype(flat.dtype)
+    return jax.vmap(evaluate)(times)
+
+
+def window_state(trajectory: Trajectory) -> WindowState:
+    """What the next solve may take its guess from; carries no derivative."""
+    state = WindowState(
+        trajectory.ts,
+        jnp.concatenate([trajectory.y0[None], trajectory.ys]),
+        trajectory.statistics.num_iterations,
+    )
+    return lax.stop_gradient(state)
+
+
+def _interpolated(
+    old: Float[Array, " known"],
+    ys: Float[Array, "known state"],
+    new: Float[Array, " time"],
+) -> Float[Array, "time state"]:
+    """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
+    # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
+    right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
+    length = old[right] - old[right - 1]
+    part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
+    # Half a step beyond the end is as good as at the end: `t1` may be trained.
+    known = (part >= -0.5) & (part <= 1.5) & (length > 0)
+    part = jnp.clip(part, 0, 1)[:, None]
+    ys = ys[right - 1] + part * (ys[right] - ys[right - 1])
+    return jnp.where(known[:, None], ys, jnp.nan)

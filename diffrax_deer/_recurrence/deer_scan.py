@@ -1,0 +1,256 @@
+"""`deer_scan`: `jax.lax.scan` with a nonlinear carry, solved for all steps at once.
+
+The leaves of the carry that are real or complex are one nonlinear recurrence. Others
+(counters, keys) have no derivative: their trajectory is found first, by `lax.scan`,
+and drives the recurrence.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, Bool, PyTree
+
+from .._checks import check_optional
+from .._defaults import MAX_PARALLEL_ENTRIES_SCAN, prefers_sequential_recurrence
+from .._gradient import AbstractGradient, default_gradient, solve
+from .._method import AbstractMethod, Newton, Sequential
+from .._prefix import count_leading_true
+from .._ravel import ravel, rounding
+from .._statistics import Statistics, raise_if_failed
+from .._step_map import StepMap
+
+_FAILURES = [
+    "`deer_scan`: a carry became infinite or NaN. `throw=False` returns NaN from the "
+    "first such step on; `return_statistics=True` says which one that is.",
+    "`deer_scan`: not converged within `max_iterations`. With `max_iterations=None` it "
+    "always is; a `guess` or another `linearization` can make it faster.",
+]
+
+
+def _has_custom_vjp(jaxpr: Any) -> bool:
+    """Whether a program cannot be differentiated in forward mode."""
+    is_jaxpr = lambda x: isinstance(x, jex.core.ClosedJaxpr | jex.core.Jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("custom_vjp_call"):
+            return True
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+        parts = [getattr(part, "jaxpr", part) for part in parts if is_jaxpr(part)]
+        if any(map(_has_custom_vjp, parts)):
+            return True
+    return False
+
+
+def _nan_unless(solved: Bool[Array, " time"], tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree` with NaN at the steps that were not solved, where it can be."""
+    mask = jax.vmap(lambda s, x: jnp.where(s, x, jnp.nan))
+    is_float = eqx.is_inexact_array
+    return jax.tree.map(lambda x: mask(solved, x) if is_float(x) else x, tree)
+
+
+def _check_guess(guess: PyTree[Any], init: PyTree[Array], num_steps: int) -> None:
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    expected = jax.tree.map(lambda x: (num_steps, *x.shape), init)
+    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+    same = jax.tree.structure(guess) == jax.tree.structure(init)
+    flat = ft.partial(jax.tree.leaves, is_leaf=is_shape)
+    if not same or flat(shapes(guess)) != flat(expected):
+        msg = (
+            "`guess` must hold the carry after each step, a pytree like `init` with "
+            f"leaves of shapes {expected}; got {shapes(guess)}."
+        )
+        raise ValueError(msg)
+
+
+class _Recurrence(eqx.Module):
+    """A scan in the direction of its inputs, with all types known."""
+
+    f: Callable
+    init: PyTree[Array]
+    xs: PyTree[Array]
+    num_steps: int
+
+    def has_custom_vjp(self) -> bool:
+        """Whether the step cannot be differentiated in forward mode."""
+        x = jax.tree.map(lambda x: x[0], self.xs)
+        return _has_custom_vjp(jax.make_jaxpr(self.f)(self.init, x).jaxpr)
+
+    def _step(self, carry: PyTree[Array], x: PyTree[Array]) -> tuple[Any, Any]:
+        """`f`, with the types of `init`: a Python number has none of its own."""
+        new, y = self.f(carry, x)
+        cast = lambda new, old: jnp.asarray(new, old.dtype)
+        return jax.tree.map(cast, new, carry), y
+
+    def scan(self) -> tuple[PyTree[Array], PyTree[Array], Statistics]:
+        """`jax.lax.scan` itself, with its own gradient."""
+
+        def step(carry, x):
+            carry, y = self._step(carry, x)
+            floats = jax.tree.leaves(eqx.filter(carry, eqx.is_inexact_array))
+            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in floats]
+            return carry, (y, jnp.all(jnp.array(finite, bool)))
+
+        length = self.num_steps
+        carry, (ys, finite) = lax.scan(step, self.init, self.xs, length=length)
+        num_solved, result = jnp.array(0, int), optx.RESULTS.successful
+        if length > 0:
+            num_solved = count_leading_true(finite)
+            result = optx.RESULTS.where(
+                num_solved == length, result, optx.RESULTS.nonfinite
+            )
+        count = jnp.array(0, int)
+        statistics = Statistics(count, None, num_solved, result, Sequential())
+        return *self._only_solved(carry, ys, statistics), statistics
+
+    def _only_solved(
+        self, carry: PyTree[Array], ys: PyTree[Array], statistics: Statistics
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """NaN in place of what was not solved."""
+        solved = jnp.arange(self.num_steps) < statistics.num_solved
+        succeeded = statistics.result == optx.RESULTS.successful
+        carry = jax.tree.map(lambda x: x[None], carry)
+        carry = _nan_unless(succeeded[None], carry)
+        return jax.tree.map(lambda x: x[0], carry), _nan_unless(solved, ys)
+
+    def _others(self) -> PyTree[Array]:
+        """The leaves without derivatives before and after each step."""
+        pick = lambda tree: eqx.filter(tree, eqx.is_inexact_array, inverse=True)
+        if not jax.tree.leaves(pick(self.init)):
+            return pick(self.init), pick(self.init)
+
+        def step(carry, x):
+            new, _ = self._step(carry, x)
+            return new, (pick(carry), pick(new))
+
+        smooth, rest = eqx.partition((self.init, self.xs), eqx.is_inexact_array)
+        init, xs = eqx.combine(lax.stop_gradient(smooth), rest)
+        return lax.scan(step, init, xs, length=self.num_steps)[1]
+
+    def solve(
+        self,
+        method: AbstractMethod | None,
+        gradient: AbstractGradient | None,
+        guess: PyTree[Array],
+    ) -> tuple[PyTree[Array], PyTree[Array], Statistics]:
+        """All steps at once, or one after another; arguments of `deer_scan`."""
+        floats = eqx.filter(self.init, eqx.is_inexact_array)
+        (y0, unravel), num_steps = ravel(floats), self.num_steps
+        before, after = self._others()
+
+        def step_with_aux(x, y):
+            x, others = x
+            carry, out = self._step(eqx.combine(unravel(y), others), x)
+            flat, _ = ravel(eqx.filter(carry, eqx.is_inexact_array))
+            return flat.astype(y.dtype), out
+
+        step = lambda x, y: step_with_aux(x, y)[0]
+        step_map = StepMap(step, step_with_aux=step_with_aux, eps=rounding(floats))
+        if method is None:
+            sequential = prefers_sequential_recurrence(y0.size)
+            method = Sequential() if sequential else Newton()
+        if gradient is None:
+            arguments, limit = (self.f, self.init, self.xs), MAX_PARALLEL_ENTRIES_SCAN
+            gradient = default_gradient(arguments, y0.size, num_steps, limit)
+        flat_guess = jnp.full((num_steps, y0.size), jnp.nan, y0.dtype)
+        if guess is not None:
+            guess = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), guess, self.init)
+            smooth = eqx.filter(guess, jax.tree.map(eqx.is_inexact_array, self.init))
+            flat_guess = jax.vmap(lambda y: ravel(y)[0])(smooth).astype(y0.dtype)
+        states, statistics, ys = solve(
+            step_map, y0, (self.xs, before), flat_guess, method, gradient
+        )
+        last = jax.tree.map(lambda x: x[-1], after)
+        carry = eqx.combine(unravel(states[-1]), last)
+        return *self._only_solved(carry, ys, statistics), statistics
+
+
+@eqx.filter_jit
+def deer_scan(
+    f: Callable[[PyTree[Any], PyTree[Any]], tuple[PyTree[Any], PyTree[Any]]],
+    init: PyTree[Any],
+    xs: PyTree[Any] = None,
+    length: int | None = None,
+    *,
+    method: AbstractMethod | None = None,
+    gradient: AbstractGradient | None = None,
+    guess: PyTree[Any] = None,
+    reverse: bool = False,
+    throw: bool = True,
+    return_statistics: bool = False,
+) -> Any:
+    r"""`jax.lax.scan` for a nonlinear recurrence, in parallel over time.
+
+        carry, ys = deer_scan(f, init, xs)
+
+    is `carry, ys = jax.lax.scan(f, init, xs)` to rounding, and so are its derivatives,
+    of any order and mode, with respect to `init`, `xs` and all that `f` closes over.
+    **Arguments:** `f`, `init`, `xs`, `length` and `reverse` are those of
+    `jax.lax.scan`: `f(carry, x)` returns the new carry and an output. Any pytrees.
+    Leaves that are integers, booleans or keys are found first, sequentially; if they
+    depend on the others, that takes all of a sequential scan. Where a `jax.custom_vjp`
+    in `f` rules out forward-mode derivatives, the default is `jax.lax.scan` itself.
+
+    - `method`: how the carries are found, `Newton(...)` all at once or `Sequential()`
+        one after another. `None` means `Sequential()` on a CPU, elsewhere `Newton()` up
+        to D = 32.
+    - `gradient`: how they are differentiated, `ParallelGradient()`,
+        `MatrixFreeGradient()` or `SequentialGradient()`. `None` means on a CPU
+        `ParallelGradient()` where D² times the batch is at most 256, else
+        `SequentialGradient()`; elsewhere `ParallelGradient()`, unless the Jacobians fit
+        into no memory. The batch is that of the `jax.vmap`s around the call.
+    - `guess`: the carry after each step, a pytree like `init` with a leading axis
+        `time`, of a previous solve for example. The result does not depend on it.
+    - `throw`: whether a failed solve raises an error, at run time. Otherwise carry and
+        outputs are NaN from the first step on that is not solved.
+    - `return_statistics`: whether to return `Statistics`, too.
+
+    **Returns:** `(carry, ys)`, or `(carry, ys, statistics)`.
+
+    **Raises:** what `jax.lax.scan` raises for arguments that do not fit; `TypeError` or
+    `ValueError` for other arguments of the wrong type or shape. A carry that becomes
+    infinite or NaN is a failure.
+
+    **Cost** of N steps and a carry of D real components: that of the method and of the
+    gradient. A recurrence that acts on each component alone has diagonal Jacobians:
+    `Newton(DiagonalJacobian(num_probes=1))` and `MatrixFreeGradient()` are exact for
+    it, at a cost of O(N D). Compose the layers of a network, one scan each, rather than
+    carry all of their states in one.
+
+    Outside `jax.jit` a call is compiled once for each
+    function `f`: define it once, not at every call.
+
+    ??? cite "Reference"
+
+        Lim, Zhu, Selfridge and Kasim, *Parallelizing non-linear sequential models over
+        the sequence length*, arXiv:2309.12252, section 3 and figure 2.
+    """
+    check_optional("method", method, AbstractMethod, "Newton()")
+    check_optional("gradient", gradient, AbstractGradient, "ParallelGradient()")
+    # It checks the arguments, and knows how the types of `init` are promoted.
+    plain = ft.partial(lax.scan, f, length=length, reverse=reverse)
+    carry_shape, _ = jax.eval_shape(plain, init, xs)
+    leading = [x.shape[0] for x in jax.tree.leaves(xs)]
+    num_steps = leading[0] if leading else int(length or 0)
+    cast = lambda x, s: x if x.dtype == s.dtype else x.astype(s.dtype)
+    init = jax.tree.map(lambda x, s: cast(jnp.asarray(x), s), init, carry_shape)
+    if guess is not None:
+        _check_guess(guess, init, num_steps)
+    if reverse:
+        xs, guess = jax.tree.map(lambda x: jnp.asarray(x)[::-1], (xs, guess))
+    recurrence = _Recurrence(f, init, xs, num_steps)
+    is_default = method is None and gradient is None
+    if num_steps == 0 or (is_default and recurrence.has_custom_vjp()):
+        carry, ys, statistics = recurrence.scan()
+    else:
+        carry, ys, statistics = recurrence.solve(method, gradient, guess)
+    if throw:
+        carry, ys = raise_if_failed((carry, ys), statistics.result, _FAILURES)
+    if reverse:
+        ys = jax.tree.map(lambda y: y[::-1], ys)
+    return (carry, ys, statistics) if return_statistics else (carry, ys)
