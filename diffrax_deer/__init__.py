@@ -51,11 +51,9 @@ from ._predictor import (
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
 )
+from ._recurrence.damped_newton import DampedNewton as DampedNewton
 from ._recurrence.deer_scan import deer_scan as deer_scan
-from ._recurrence.deer_solve import (
-    DampedNewton as DampedNewton,
-    deer_solve as deer_solve,
-)
+from ._recurrence.deer_solve import deer_solve as deer_solve
 from ._recurrence.rnn import DEERRNN as DEERRNN
 from ._statistics import Statistics as Statistics
 from ._step_map import StepMap as StepMap

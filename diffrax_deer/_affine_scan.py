@@ -3,10 +3,8 @@ r"""The affine recurrence, the only linear system that DEER solves.
 $$y_n = A_n y_{n-1} + b_n, \qquad n = 1 \dots N,$$
 
 is the block-bidiagonal system $L y = b$ (with $A_1 y_0$ added to $b_1$). Its transpose
-runs backwards in time: $\lambda_n = A_{n+1}^\top \lambda_{n+1} + c_n$, which with
-$\mu_n = A_n^\top \lambda_n$ is the affine recurrence
-$\mu_n = A_n^\top \mu_{n+1} + A_n^\top c_n$. One scan solves both; which one is a matter
-of the device, not of the answer.
+runs backwards in time: $\lambda_n = A_{n+1}^\top \lambda_{n+1} + c_n$. One scan solves
+both; which one is a matter of the device, not of the answer.
 
 Composition of affine maps, $(A, b) \circ (A', b') = (A A', A b' + b)$, is associative:
 that is all a parallel prefix scan needs.
@@ -39,7 +37,8 @@ class AbstractScan(eqx.Module):
         - `a`: the transitions, `Dense`, `Diagonal`, `BlockDiagonal` or another
             structure, of leading axis `time`.
         - `b`: the inhomogeneity, `(time, state)`.
-        - `reverse`: run backwards, `y[n] = a[n] y[n+1] + b[n]`.
+        - `reverse`: solve `y[n] = a[n+1] y[n+1] + b[n]`, with zero after the end: the
+            form of the transposed system, in which `a[0]` is not used.
 
         **Returns:**
 
@@ -56,13 +55,18 @@ class SequentialScan(AbstractScan):
     """
 
     def __call__(self, a, b, *, reverse=False):
-        def step(y, inputs):
+        def forwards(y, inputs):
             a, b = inputs
             y = a.matvec(y) + b
             return y, y
 
-        _, ys = lax.scan(step, jnp.zeros_like(b[0]), (a, b), reverse=reverse)
-        return ys
+        def backwards(product, inputs):
+            a, b = inputs
+            y = product + b
+            return a.matvec(y), y
+
+        step, zero = backwards if reverse else forwards, jnp.zeros_like(b[0])
+        return lax.scan(step, zero, (a, b), reverse=reverse)[1]
 
 
 class AssociativeScan(AbstractScan):
@@ -79,6 +83,9 @@ class AssociativeScan(AbstractScan):
     """
 
     def __call__(self, a, b, *, reverse=False):
+        if reverse:
+            # Behind the last transition there is none: any finite one is as good.
+            a = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), a)
         compose = jax.vmap(_compose)
         _, ys = lax.associative_scan(compose, (a, b), reverse=reverse)
         return ys
@@ -101,9 +108,7 @@ def default_scan() -> AbstractScan:
 
 def transposed_scan(scan: AbstractScan, a: AbstractTransition, c: States) -> States:
     """Solves `y[n] = a[n + 1].T y[n + 1] + c[n]` for all n, with zero after the end."""
-    transposed = jax.vmap(lambda a: a.transpose())(a)
-    products = scan(transposed, multiply(transposed, c), reverse=True)
-    return c + jnp.concatenate([products[1:], jnp.zeros_like(products[:1])])
+    return scan(jax.vmap(lambda a: a.transpose())(a), c, reverse=True)
 
 
 def affine_recurrence(

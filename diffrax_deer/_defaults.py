@@ -90,7 +90,8 @@ NUM_SKIPPED_GROUPS = 16
 
 def platform() -> str:
     """The platform that programs run on unless they are told otherwise."""
-    device = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

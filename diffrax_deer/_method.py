@@ -119,20 +119,21 @@ class Newton(AbstractMethod):
         has_coarse_steps = step_map.coarse_step is not None
         eps = step_map.eps or float(jnp.finfo(y0.dtype).eps)
         window = window_size(y0.size**2) if self.window is None else self.window
-        chosen = {
-            "linearization": PiecewiseConstant() if has_field else FullJacobian(),
-            "scan": default_scan(),
-            "predictor": CoarsePredictor() if has_coarse_steps else ConstantPredictor(),
-            "rtol": tolerance(eps),
-            "atol": 0.0,
-            "max_iterations": num_steps,
-        }
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        chosen |= {name: x for name, x in given.items() if x is not None}
-        return Newton(**chosen | {"window": min(window, num_steps)})
+        limit, atol = self.max_iterations, self.atol
+        return Newton(
+            self.linearization
+            or (PiecewiseConstant() if has_field else FullJacobian()),
+            self.scan or default_scan(),
+            self.predictor
+            or (CoarsePredictor() if has_coarse_steps else ConstantPredictor()),
+            tolerance(eps) if self.rtol is None else self.rtol,
+            0.0 if atol is None else atol,
+            num_steps if limit is None else limit,
+            min(window, num_steps),
+        )
 
     def __call__(self, step_map, y0, xs, guess):
-        chosen = self.resolve(step_map, y0, len(guess))
+        chosen: Newton = self.resolve(step_map, y0, len(guess))
         options: dict[str, Any] = {
             f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)
         }

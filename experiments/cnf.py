@@ -10,9 +10,10 @@ arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing e
 """
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +24,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.common.command_line import run
 from experiments.common.densities import DataName, Samples, load
-from experiments.common.errors import ExperimentError
+from experiments.common.errors import ExperimentError, check_choice, check_least
 from experiments.common.experiment import (
     Experiment,
     TrainingConfig,
     carry_out,
-    check_settings,
     run_folder,
 )
 from experiments.common.flow import FIELDS, Flow
 from experiments.common.flow_evaluation import make_evaluate, sample, solve_all
 from experiments.common.flow_pictures import draw_pairs, draw_plane, grid
+from experiments.common.measurement import ready
 from experiments.common.results import Metric, comparison, format_table
-from experiments.common.solvers import solve_options
 from experiments.common.training import LossFn, Run, init_state
 
 METRIC = Metric(
@@ -76,26 +76,17 @@ class Config(TrainingConfig):
     trace: Literal["exact", "hutchinson"] = "exact"
     out: Path = Path("runs/cnf")
 
-    def reduced(self) -> "Config":
+    def reduced(self) -> Self:
         """The same experiment, small enough to take seconds."""
-        return dataclasses.replace(
-            self,
-            steps=min(self.steps, 4),
-            batch_size=min(self.batch_size, 8),
-            width=min(self.width, 4),
-            depth=min(self.depth, 1),
-            num_steps=min(self.num_steps, 4),
-            evaluations=min(self.evaluations, 2),
-        )
+        return self.shrunk(batch_size=8, width=4, depth=1, num_steps=4)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        check_settings(self, {"width": 1, "depth": 0})
+        super().check()
+        check_least(self, width=1, depth=0)
+        check_choice(self, "dataset")
         if not 0 <= self.weight_decay < np.inf:
             msg = f"--weight-decay is {self.weight_decay}. Choose at least 0."
-            raise ExperimentError(msg)
-        if not self.dataset or len(set(self.dataset)) < len(self.dataset):
-            msg = "--dataset needs at least one data set, and none of them twice."
             raise ExperimentError(msg)
 
     def of(self, name: DataName) -> "Config":
@@ -121,7 +112,7 @@ def make_loss(options: dict[str, Any], trace: str) -> LossFn:
 
 def make_draw(config: Config, data: Samples) -> Callable[[dict[str, Run], Path], None]:
     """Draws samples of the trained flows and, in the plane, their densities."""
-    options = solve_options(config.rtol, config.atol, config.num_steps)
+    options = config.solve_options()
     key = jr.key(config.seed)
 
     def draw(runs: dict[str, Run], folder: Path) -> None:
@@ -145,19 +136,14 @@ def make_draw(config: Config, data: Samples) -> Callable[[dict[str, Run], Path],
 def load_data(config: Config, name: DataName) -> Samples:
     """Loads a data set, with few test samples for a smoke test."""
     data = load(name)
-    if data.num_train is not None and config.batch_size > data.num_train:
-        msg = (
-            f"--batch-size is {config.batch_size}, but {name} has {data.num_train} "
-            f"training samples. Choose at most that many."
-        )
-        raise ExperimentError(msg)
+    if data.num_train is not None:
+        config.check_batch_size(data.num_train, name)
     return dataclasses.replace(data, test=data.test[:200]) if config.smoke else data
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW with a decaying learning rate."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.adamw(config.schedule(), weight_decay=config.weight_decay)
 
 
 def make_runs(config: Config, data: Samples) -> dict[str, Run]:
@@ -166,7 +152,7 @@ def make_runs(config: Config, data: Samples) -> dict[str, Run]:
     dim = len(data.features)
     field = FIELDS[config.field](dim, config.width, config.depth, model_key)
     state = init_state(Flow(field, dim), make_optimizer(config), train_key)
-    options = solve_options(config.rtol, config.atol, config.num_steps)
+    options = config.solve_options()
     return {
         name: Run(
             loss_fn=make_loss(options[name], config.trace),
@@ -183,9 +169,7 @@ def make_experiment(config: Config, data: Samples) -> Experiment:
         name="cnf",
         make_runs=lambda: make_runs(config, data),
         optimizer=make_optimizer(config),
-        batches_from=lambda step: data.batches_from(
-            config.batch_size, config.seed, step
-        ),
+        batches_from=ft.partial(data.batches_from, config.batch_size, config.seed),
         metrics=(METRIC, ROUND_TRIP),
         loss_label="training loss (nats)",
         draw=make_draw(config, data),
@@ -205,14 +189,9 @@ def table(results_by_dataset: dict[str, dict[str, Any]]) -> str:
 def main(config: Config) -> dict[str, dict[str, Any]]:
     """Runs the experiment with every data set, one after another.
 
-    Args:
-        config: the settings.
-
-    Returns:
-        The content of `results.json` for every data set.
+    Returns the content of `results.json` for every data set.
     """
-    config.check()
-    config = config.reduced() if config.smoke else config
+    config = ready(config)
     data = {name: load_data(config, name) for name in config.dataset}
     # Before the first one has been trained for nothing.
     for name in config.dataset:

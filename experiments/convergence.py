@@ -25,41 +25,32 @@ from diffrax_deer import (
     ConstantPredictor,
     DEERAdjoint,
     DEERSolver,
-    DiagonalJacobian,
-    FullJacobian,
-    ParallelForward,
-    Picard,
-    PiecewiseConstant,
+    Newton,
+    ParallelGradient,
 )
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
+from experiments.common.measurement import BaseConfig
 from experiments.common.problems import PROBLEMS, Problem
 from experiments.common.results import format_table, head, report, write_json
+from experiments.common.solvers import LINEARIZATIONS
 
-_LINEARIZATIONS = {
-    "PiecewiseConstant": PiecewiseConstant(),
-    "FullJacobian": FullJacobian(),
-    "DiagonalJacobian": DiagonalJacobian(),
-    "Picard": Picard(),
-}
+_NAMES = (*LINEARIZATIONS, "default", "warm")
 # As in the original code.
 _MAX_ITERATIONS = 100
 _PERTURBATION = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """The settings.
 
     Attributes:
         problems: Which problems; all of them if none is named.
-        out: Where to write the results.
-        smoke: Only a quick check that everything runs.
     """
 
     problems: tuple[str, ...] = ()
     out: Path = Path("runs/convergence/results.json")
-    smoke: bool = False
 
 
 def adaptive_grid(problem: Problem) -> Array:
@@ -172,15 +163,15 @@ def measure(problem: Problem) -> dict[str, Any]:
             "seconds": seconds,
         }
 
-    newton = {"num_steps": 1, "forward": ParallelForward()}
-    make = lambda **kwargs: DEERSolver(problem.solver, **newton, **kwargs)
+    make = lambda newton: DEERSolver(problem.solver, 1, newton, ParallelGradient())
     runs = {}
-    for name, linearization in _LINEARIZATIONS.items():
-        solver = make(linearization=linearization, predictor=ConstantPredictor())
+    for name, linearization in LINEARIZATIONS.items():
+        solver = make(Newton(linearization, predictor=ConstantPredictor()))
         runs[name] = compare(*run(solver, problem.y0))
-    near, _ = run(make(), problem.y0 * (1 + _PERTURBATION))
-    runs["default"] = compare(*run(make(), problem.y0))
-    runs["warm"] = compare(*run(make(), problem.y0, near.solver_state))
+    solver = make(Newton())
+    near, _ = run(solver, problem.y0 * (1 + _PERTURBATION))
+    runs["default"] = compare(*run(solver, problem.y0))
+    runs["warm"] = compare(*run(solver, problem.y0, near.solver_state))
 
     num_iterations, stopped, ys = jax.jit(lambda: original(problem, ts))()
     return {
@@ -212,35 +203,15 @@ def table(results: dict[str, Any]) -> str:
     """One line for each problem, in Markdown."""
     rows = []
     for problem in results["problems"].values():
-        runs = problem["runs"]
-        names = [*_LINEARIZATIONS, "default", "warm"]
-        counts = [
-            f"{runs[name]['iterations']}" if runs[name]["successful"] else "fails"
-            for name in names
-        ]
-        largest = max(runs[name]["deviation"] for name in names)
-        rows.append(
-            [
-                problem["title"],
-                problem["solver"],
-                f"{problem['num_steps']}",
-                *counts,
-                f"{runs['default']['deviation']:.0e}",
-                f"{largest:.0e}",
-                _outcome(problem["original"]),
-            ]
-        )
-    header = (
-        "problem",
-        "solver",
-        "steps",
-        *("Piecewise", "Full", "Diagonal", "Picard"),
-        "default",
-        "warm",
-        "deviation",
-        "largest",
-        "original",
-    )
+        runs = [problem["runs"][name] for name in _NAMES]
+        row = [problem["title"], problem["solver"], f"{problem['num_steps']}"]
+        for each in runs:
+            row.append(f"{each['iterations']}" if each["successful"] else "fails")
+        row.append(f"{problem['runs']['default']['deviation']:.0e}")
+        row.append(f"{max(each['deviation'] for each in runs):.0e}")
+        rows.append([*row, _outcome(problem["original"])])
+    header = ["problem", "solver", "steps", "Piecewise", "Full", "Diagonal", "Picard"]
+    header += ["default", "warm", "deviation", "largest", "original"]
     return format_table(header, rows)
 
 

@@ -9,7 +9,7 @@ linearization.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffrax
 import jax
@@ -22,35 +22,33 @@ from matplotlib.figure import Figure
 from diffrax_deer import (
     AbstractLinearization,
     AssociativeScan,
-    DiagonalJacobian,
-    FullJacobian,
-    Picard,
-    PiecewiseConstant,
     StepMap,
     affine_recurrence,
 )
 from experiments.common.command_line import run
-from experiments.common.errors import ExperimentError
-from experiments.common.files import write_atomically
+from experiments.common.errors import check_least
+from experiments.common.files import write_figure
+from experiments.common.measurement import BaseConfig, ready
 from experiments.common.problems import PROBLEMS
-from experiments.common.results import format_table, head, report
+from experiments.common.results import conclude, format_table
+from experiments.common.solvers import LINEARIZATIONS
 
 _PROBLEM = PROBLEMS["two_body"]
 _TERM = diffrax.ODETerm(_PROBLEM.field)
 # Its stages in a loop that forward mode can differentiate.
 _SOLVER = diffrax.Dopri5(scan_kind="bounded")
-_LINEARIZATIONS = {
-    "Newton": FullJacobian(),
-    "piecewise constant (DEER)": PiecewiseConstant(),
-    "diagonal (quasi-DEER)": DiagonalJacobian(),
-    "Picard": Picard(),
+_LABELS = {
+    "Newton": "FullJacobian",
+    "piecewise constant (DEER)": "PiecewiseConstant",
+    "diagonal (quasi-DEER)": "DiagonalJacobian",
+    "Picard": "Picard",
 }
 _DRAWN = "Newton"
 _SCAN = AssociativeScan()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """The settings.
 
     Attributes:
@@ -58,8 +56,6 @@ class Config:
         num_steps: Steps of Dopri5, of equal length.
         num_iterations: Iterations with each linearization.
         num_drawn: Iterates that are drawn, the guess among them.
-        out: Where to write the results, and beside them the picture.
-        smoke: Only a quick check that everything runs.
     """
 
     t1: float = 10.0
@@ -67,7 +63,14 @@ class Config:
     num_iterations: int = 30
     num_drawn: int = 6
     out: Path = Path("runs/iterates/results.json")
-    smoke: bool = False
+
+    def reduced(self) -> Self:
+        """The same measurement, small enough to take seconds."""
+        return dataclasses.replace(self, num_steps=20, num_iterations=8)
+
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        check_least(self, num_steps=1, num_iterations=1, num_drawn=1)
 
 
 def _grid(config: Config) -> Array:
@@ -101,7 +104,7 @@ def iterate(linearization: AbstractLinearization, config: Config) -> Array:
     return jnp.concatenate([guess[None], new])
 
 
-def in_sequence(config: Config) -> Array:
+def sequential(config: Config) -> Array:
     """The same steps, one after another, by diffrax; `(time, state)`."""
     times = _grid(config)
     ys = diffrax.diffeqsolve(
@@ -143,7 +146,7 @@ def draw(
         # Above, where it hides nothing.
         place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         axes.legend(fontsize="small", ncols=4 if axes is left else 2, **place)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -160,15 +163,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main(config: Config) -> dict[str, Any]:
     """Iterates, draws, prints and writes the results."""
-    if min(config.num_steps, config.num_iterations, config.num_drawn) < 1:
-        msg = "--num-steps, --num-iterations and --num-drawn must be at least 1."
-        raise ExperimentError(msg)
-    if config.smoke:
-        config = dataclasses.replace(config, num_steps=20, num_iterations=8)
-    exact = in_sequence(config)
+    config = ready(config)
+    exact = sequential(config)
     iterates = {
-        name: iterate(linearization, config)
-        for name, linearization in _LINEARIZATIONS.items()
+        label: iterate(LINEARIZATIONS[name], config) for label, name in _LABELS.items()
     }
     errors = {
         name: [
@@ -183,9 +181,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     drawn["Dopri5, step by step"] = exact[:, 0]
     draw(config.out.with_suffix(".png"), _grid(config)[1:], drawn, errors)
-    results = {**head("iterates", config, str(exact.dtype)), "errors": errors}
-    report(config.out, results, table(results))
-    return results
+    return conclude("iterates", config, str(exact.dtype), table, errors=errors)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ arguments of `diffrax.diffeqsolve` that `common.solvers` lists, and in nothing e
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools as ft
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import diffrax
 import equinox as eqx
@@ -31,16 +32,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.common import datasets
 from experiments.common.command_line import run
-from experiments.common.errors import ExperimentError
-from experiments.common.experiment import (
-    Experiment,
-    TrainingConfig,
-    carry_out,
-    check_settings,
-)
+from experiments.common.errors import ExperimentError, check_least
+from experiments.common.experiment import Experiment, TrainingConfig, carry_out
+from experiments.common.measurement import ready
 from experiments.common.results import Metric
-from experiments.common.solvers import count_work, solve_options
 from experiments.common.training import LossFn, Run, TrainState, init_state
+from experiments.common.work import count_work
 
 Batch = tuple[Float[Array, "batch pixel"], Int[Array, " batch"]]
 
@@ -81,24 +78,15 @@ class Config(TrainingConfig):
     time_dependent: bool = True
     out: Path = Path("runs/neural_ode_classifier")
 
-    def reduced(self) -> "Config":
+    def reduced(self) -> Self:
         """The same experiment, small enough to take seconds."""
-        return dataclasses.replace(
-            self,
-            steps=min(self.steps, 4),
-            batch_size=min(self.batch_size, 8),
-            state_dim=min(self.state_dim, 2),
-            readout_dim=min(self.readout_dim, 2),
-            width=min(self.width, 4),
-            depth=min(self.depth, 1),
-            num_steps=min(self.num_steps, 4),
-            evaluations=min(self.evaluations, 2),
-        )
+        sizes = {"state_dim": 2, "readout_dim": 2, "width": 4, "depth": 1}
+        return self.shrunk(batch_size=8, num_steps=4, **sizes)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        sizes = ("state_dim", "readout_dim", "width")
-        check_settings(self, dict.fromkeys(sizes, 1) | {"depth": 0})
+        super().check()
+        check_least(self, state_dim=1, readout_dim=1, width=1, depth=0)
         if self.readout_dim > self.state_dim:
             msg = (
                 f"--readout-dim is {self.readout_dim}, but the state has only "
@@ -145,7 +133,8 @@ class NeuralODEClassifier(eqx.Module):
         """Lets the encoded image flow."""
         h0 = self.encoder(image)
         term = diffrax.ODETerm(self._vector_field)
-        return diffrax.diffeqsolve(term, t0=0.0, t1=1.0, dt0=0.1, y0=h0, **options)
+        options = {"dt0": 0.1} | options
+        return diffrax.diffeqsolve(term, t0=0.0, t1=1.0, y0=h0, **options)
 
     def read_out(self, h: Float[Array, " state"]) -> Float[Array, " class"]:
         """The logits of the classes."""
@@ -219,32 +208,17 @@ def make_evaluate(
 def load_data(config: Config) -> datasets.Dataset:
     """Loads the data, with few test images for a smoke test."""
     data = datasets.load(config.dataset, config.data_dir)
-    if config.batch_size > len(data.train_images):
-        msg = (
-            f"--batch-size is {config.batch_size}, but {config.dataset} has "
-            f"{len(data.train_images)} training images. Choose at most that many."
-        )
-        raise ExperimentError(msg)
-    if config.smoke:
-        images, labels = data.test_images[:64], data.test_labels[:64]
-        return dataclasses.replace(data, test_images=images, test_labels=labels)
-    return data
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam with a decaying learning rate."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.adam(schedule)
+    config.check_batch_size(len(data.train_xs), data.name)
+    return data.with_tests(64) if config.smoke else data
 
 
 def make_runs(config: Config, data: datasets.Dataset) -> dict[str, Run]:
     """One run a solver, all from the same weights and random key."""
     model_key, train_key = jr.split(jr.key(config.seed))
-    num_pixels = data.train_images.shape[1]
+    num_pixels = data.train_xs.shape[1]
     model = NeuralODEClassifier(num_pixels, data.num_classes, config, model_key)
-    state = init_state(model, make_optimizer(config), train_key)
-    options = solve_options(config.rtol, config.atol, config.num_steps)
-    test = data.test_images, data.test_labels
+    state = init_state(model, config.adam(), train_key)
+    options, test = config.solve_options(), (data.test_xs, data.test_labels)
     return {
         name: Run(
             loss_fn=make_loss(options[name], config.noise),
@@ -256,30 +230,14 @@ def make_runs(config: Config, data: datasets.Dataset) -> dict[str, Run]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment.
-
-    Args:
-        config: the settings.
-
-    Returns:
-        The content of `results.json`.
-    """
-    config.check()
-    config = config.reduced() if config.smoke else config
+    """Runs the experiment; returns the content of `results.json`."""
+    config = ready(config)
     data = load_data(config)
-
-    def batches_from(step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        num_examples = len(data.train_images)
-        for indices in datasets.batches(
-            num_examples, config.batch_size, config.seed, start_step=step
-        ):
-            yield data.train_images[indices], data.train_labels[indices]
-
     experiment = Experiment(
         name="neural_ode_classifier",
         make_runs=lambda: make_runs(config, data),
-        optimizer=make_optimizer(config),
-        batches_from=batches_from,
+        optimizer=config.adam(),
+        batches_from=ft.partial(data.batches_from, config.batch_size, config.seed),
         metrics=(METRIC,),
         loss_label="training loss (nats)",
     )

@@ -5,6 +5,7 @@ python -m experiments.readme
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experiments import (
     rnn_accuracy,
     rnn_classifier,
     rnn_speed,
+    thresholds,
     two_body_hnn,
 )
 from experiments.benchmark import goals, reading, report
@@ -31,40 +33,39 @@ README = _ROOT / "README.md"
 READMES = (README, _ROOT / "experiments" / "README.md")
 
 
-def _neural_ode_classifier(results: dict[str, Any]) -> str:
-    config = results["config"]
-    table = comparison_table(results, [neural_ode_classifier.METRIC])
-    what = (
-        f"seed {config['seed']}, {config['steps']} steps, batch {config['batch_size']}"
-    )
-    return _measured(table, what, results)
+# What was run once: the table, and how it was measured, by its settings.
+_SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "neural_ode_classifier": (
+        lambda results: comparison_table(results, [neural_ode_classifier.METRIC]),
+        "seed {seed}, {steps} steps, batch {batch_size}",
+    ),
+    "adaptive": (adaptive.table, "tolerance {tolerance:g}, {repeats} repeats"),
+    "deer_adjoint": (
+        deer_adjoint.table,
+        "{num_steps} steps, {num_save_times} save times, batch {batch_size}",
+    ),
+    "iterates": (iterates.table, "{num_steps} steps of Dopri5"),
+    "convergence": (convergence.table, "tolerance of the iteration 2e-12"),
+    "quadratures": (
+        quadratures.table,
+        "{num_steps} steps, width {width}, {repeats} repeats",
+    ),
+    "long_horizon": (
+        long_horizon.table,
+        "{num_steps} steps, {num_observations} observations, width {width}, "
+        "{repeats} repeats",
+    ),
+    "rnn_accuracy": (rnn_accuracy.table, "Newton's method"),
+    "thresholds": (thresholds.table, "at most {repeats} repeats"),
+}
 
 
-def _adaptive(results: dict[str, Any]) -> str:
-    config = results["config"]
-    what = f"tolerance {config['tolerance']:g}, {config['repeats']} repeats"
-    return _measured(adaptive.table(results), what, results)
-
-
-def _deer_adjoint(results: dict[str, Any]) -> str:
-    config = results["config"]
-    what = (
-        f"{config['num_steps']} steps, {config['num_save_times']} save times, "
-        f"batch {config['batch_size']}, gradients equal to "
-        f"{results['gradient_difference']:.0e}"
-    )
-    return _measured(deer_adjoint.table(results), what, results)
-
-
-def _iterates(results: dict[str, Any]) -> str:
-    config = results["config"]
-    what = f"{config['num_steps']} steps of Dopri5"
-    return _measured(iterates.table(results), what, results)
-
-
-def _convergence(results: dict[str, Any]) -> str:
-    what = "tolerance of the iteration 2e-12"
-    return _measured(convergence.table(results), what, results)
+def _single(name: str, results: dict[str, Any]) -> str:
+    table, form = _SINGLE[name]
+    what = form.format(**results["config"])
+    if "gradient_difference" in results:
+        what += f", gradients equal to {results['gradient_difference']:.0e}"
+    return _measured(table(results), what, results)
 
 
 def _cnf(results: dict[str, Any]) -> str:
@@ -84,11 +85,10 @@ def _cnf(results: dict[str, Any]) -> str:
 
 def _two_body_hnn(results: dict[str, Any]) -> str:
     first = results["seed_0"]
-    config = first["config"]
     what = (
-        f"{config['steps']} steps, batch {config['batch_size']}, {config['num_times']} "
-        f"times, {config['num_steps']} steps of DEER"
-    )
+        "{steps} steps, batch {batch_size}, {num_times} times, {num_steps} steps of "
+        "DEER"
+    ).format(**first["config"])
     tables = (
         comparison_table(first, two_body_hnn.METRICS),
         two_body_hnn.table_of_losses(results),
@@ -96,45 +96,20 @@ def _two_body_hnn(results: dict[str, Any]) -> str:
     return _measured("\n\n".join(tables), what, *results.values())
 
 
-def _long_horizon(results: dict[str, Any]) -> str:
-    config = results["config"]
-    what = (
-        f"{config['num_steps']} steps, {config['num_observations']} observations, "
-        f"width {config['width']}, {config['repeats']} repeats, gradients equal to "
-        f"{results['gradient_difference']:.0e}"
-    )
-    return _measured(long_horizon.table(results), what, results)
-
-
-def _quadratures(results: dict[str, Any]) -> str:
-    config = results["config"]
-    what = (
-        f"{config['num_steps']} steps, width {config['width']}, {config['repeats']} "
-        f"repeats, gradients equal to {results['gradient_difference']:.0e}"
-    )
-    return _measured(quadratures.table(results), what, results)
-
-
 def _rnn_speed(results: dict[str, Any]) -> str:
     recurrent = results["gru"]
     table = rnn_speed.table(rnn_speed.gradients_of(recurrent, num_steps=10_000))
-    return _measured(
-        table, f"at most {recurrent['config']['repeats']} repeats", recurrent
-    )
-
-
-def _rnn_accuracy(results: dict[str, Any]) -> str:
-    return _measured(rnn_accuracy.table(results), "Newton's method", results)
+    what = f"at most {recurrent['config']['repeats']} repeats"
+    return _measured(table, what, recurrent)
 
 
 def _rnn_classifier(results: dict[str, Any]) -> str:
     tables = "\n\n".join(
         f"{name}:\n\n{rnn_classifier.table(each)}" for name, each in results.items()
     )
+    form = "{steps} steps, {num_layers} layers of {hidden_size} units"
     settings = [
-        f"{name}: {each['config']['steps']} steps, {each['config']['num_layers']} "
-        f"layers of {each['config']['hidden_size']} units"
-        for name, each in results.items()
+        f"{name}: {form.format(**each['config'])}" for name, each in results.items()
     ]
     first = next(iter(results.values()))
     what = f"batch {first['config']['batch_size']}, {'; '.join(settings)}"
@@ -184,23 +159,14 @@ def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
     )
 
 
-# Tables of results that have another name.
-_SOURCES = {"rnn_speed": "benchmark", "goals": "benchmark"}
-_TABLES = {
-    "neural_ode_classifier": _neural_ode_classifier,
-    "adaptive": _adaptive,
-    "deer_adjoint": _deer_adjoint,
-    "iterates": _iterates,
-    "convergence": _convergence,
-    "quadratures": _quadratures,
-    "cnf": _cnf,
-    "two_body_hnn": _two_body_hnn,
-    "long_horizon": _long_horizon,
-    "rnn_speed": _rnn_speed,
-    "rnn_accuracy": _rnn_accuracy,
-    "rnn_classifier": _rnn_classifier,
-    "benchmark": _benchmark,
-    "goals": _goals,
+# Tables of what was run several times: the results that they are made from.
+_SEVERAL: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "cnf": (_cnf, "cnf"),
+    "two_body_hnn": (_two_body_hnn, "two_body_hnn"),
+    "rnn_speed": (_rnn_speed, "benchmark"),
+    "rnn_classifier": (_rnn_classifier, "rnn_classifier"),
+    "benchmark": (_benchmark, "benchmark"),
+    "goals": (_goals, "benchmark"),
 }
 
 
@@ -213,13 +179,20 @@ def _load(name: str) -> dict[str, Any]:
     return json.loads(path.with_suffix(".json").read_text())
 
 
+def table_of(name: str) -> str:
+    """The table of that name, from the results that are there."""
+    if name in _SINGLE:
+        return _single(name, _load(name))
+    table, source = _SEVERAL[name]
+    return table(_load(source))
+
+
 def filled_in(text: str) -> str:
     """`text` with what stands between the markers of each table replaced."""
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        table = _TABLES[name](_load(_SOURCES.get(name, name)))
-        return f"<!-- table: {name} -->\n\n{table}\n\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{table_of(name)}\n\n<!-- end -->"
 
     pattern = r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, replace, text, flags=re.DOTALL)

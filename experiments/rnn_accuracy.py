@@ -1,4 +1,4 @@
-"""How far the states of a recurrent network found by DEER are from those in sequence.
+"""How far the states of a recurrent network found by DEER are from sequential ones.
 
 python -m experiments.rnn_accuracy
 
@@ -10,7 +10,7 @@ from both of them against double precision.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -21,11 +21,12 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from experiments.common.command_line import run
-from experiments.common.errors import ExperimentError
-from experiments.common.files import write_atomically
+from experiments.common.errors import ExperimentError, check_least
+from experiments.common.files import write_figure
+from experiments.common.measurement import BaseConfig, ready
 from experiments.common.plotting import STYLES
 from experiments.common.recurrent import Cell, run_cell, scaled
-from experiments.common.results import format_table, head, report
+from experiments.common.results import conclude, format_table
 
 States = Float[np.ndarray, "time unit"]
 
@@ -41,7 +42,7 @@ PAIRS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """The settings.
 
     Attributes:
@@ -52,8 +53,6 @@ class Config:
             roundings agree for long, and Newton's method gains hardly a step with each
             iteration, which takes minutes.
         seed: Decides weights and inputs.
-        out: Where to write the results; the picture is written beside them.
-        smoke: Only a quick check that everything runs.
     """
 
     num_units: int = 32
@@ -61,15 +60,15 @@ class Config:
     scales: tuple[float, ...] = (1.0, 3.0, 10.0)
     seed: int = 0
     out: Path = Path("runs/rnn_accuracy/results.json")
-    smoke: bool = False
+
+    def reduced(self) -> Self:
+        """The same measurement, small enough to take seconds."""
+        small = dict(num_units=4, num_steps=20, scales=self.scales[:2])
+        return dataclasses.replace(self, **small)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        for name, least in (("num_units", 1), ("num_steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-                msg = f"{flag} is {value}. Choose at least {least}."
-                raise ExperimentError(msg)
+        check_least(self, num_units=1, num_steps=1, seed=0)
         if not self.scales or not all(0 < x < np.inf for x in self.scales):
             msg = "--scales needs at least one factor, all of them positive."
             raise ExperimentError(msg)
@@ -179,7 +178,7 @@ def draw(path: Path, rows: list[tuple[dict[str, Any], dict[str, States]]]) -> No
             bbox_to_anchor=(0.5, 1.12),
             fontsize="small",
         )
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_figure(path, figure, dpi=150)
 
 
 def _title(about: dict[str, Any]) -> str:
@@ -208,10 +207,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(config: Config) -> dict[str, Any]:
     """Measures, draws, prints and writes the results."""
-    config.check()
-    if config.smoke:
-        small = dict(num_units=4, num_steps=20, scales=config.scales[:2])
-        config = dataclasses.replace(config, **small)
+    config = ready(config)
     rows = []
     for kind in _CELLS:
         for scale in config.scales:
@@ -219,9 +215,7 @@ def main(config: Config) -> dict[str, Any]:
             print(f"{_title(rows[-1][0])}: done", flush=True)
     draw(config.out.with_suffix(".png"), rows)
     cells = [about for about, _ in rows]
-    results = {**head("rnn_accuracy", config, "float32"), "cells": cells}
-    report(config.out, results, table(results))
-    return results
+    return conclude("rnn_accuracy", config, "float32", table, cells=cells)
 
 
 if __name__ == "__main__":

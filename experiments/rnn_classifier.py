@@ -10,9 +10,9 @@ differ in how the states of a layer are found, which changes nothing but the tim
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -23,26 +23,19 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.common.command_line import run
-from experiments.common.datasets import batches
-from experiments.common.errors import ExperimentError
-from experiments.common.experiment import (
-    BaseConfig,
-    Experiment,
-    carry_out,
-    check_choice,
-    check_numbers,
-)
-from experiments.common.recurrent import (
-    BASELINE,
-    LABELS,
-    METHODS,
-    Inputs,
-    MethodName,
-    make_layer,
-    run_cell,
-)
+from experiments.common.datasets import Dataset
+from experiments.common.errors import check_choice, check_least
+from experiments.common.experiment import BaseConfig, Experiment, carry_out
+from experiments.common.measurement import ready
+from experiments.common.recurrent import Inputs, make_layer, run_cell
 from experiments.common.results import Metric, describe_timing, format_table
-from experiments.common.sequences import SequenceName, Sequences, load
+from experiments.common.sequences import SequenceName, load
+from experiments.common.solvers import (
+    LABELS,
+    RECURRENT,
+    RECURRENT_BASELINE,
+    RecurrentName,
+)
 from experiments.common.training import LossFn, Run, TrainState, init_state
 
 Batch = tuple[Float[Array, "batch time feature"], Int[Array, " batch"]]
@@ -51,7 +44,7 @@ METRIC = Metric(
     "accuracy", "test accuracy", axis="test accuracy (fraction)", spec=".1%"
 )
 LOSS = Metric("test_loss", "test loss", axis="test loss (nats)", spec=".3f")
-# Sequences evaluated at once, and those of which the iterations are counted.
+# Dataset evaluated at once, and those of which the iterations are counted.
 _AT_ONCE, _COUNTED = 64, 4
 
 
@@ -73,7 +66,7 @@ class Config(BaseConfig):
 
     dataset: SequenceName = "digits"
     length: int | None = None
-    method: tuple[MethodName, ...] = METHODS
+    method: tuple[RecurrentName, ...] = RECURRENT
     steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 2e-2
@@ -82,22 +75,16 @@ class Config(BaseConfig):
     num_layers: int = 3
     out: Path = Path("runs/rnn_classifier")
 
-    def reduced(self) -> "Config":
+    def reduced(self) -> Self:
         """The same experiment, small enough to take seconds."""
-        return dataclasses.replace(
-            self,
-            steps=min(self.steps, 4),
-            batch_size=min(self.batch_size, 8),
-            hidden_size=min(self.hidden_size, 2),
-            num_layers=min(self.num_layers, 1),
-            evaluations=min(self.evaluations, 2),
-            length=min(self.length or 16, 16),
-        )
+        short = dataclasses.replace(self, length=min(self.length or 16, 16))
+        return short.shrunk(batch_size=8, hidden_size=2, num_layers=1)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        check_numbers(self, {"hidden_size": 1, "num_layers": 1})
-        check_choice("method", self.method)
+        super().check()
+        check_least(self, hidden_size=1, num_layers=1)
+        check_choice(self, "method")
 
 
 class RNNClassifier(eqx.Module):
@@ -118,14 +105,16 @@ class RNNClassifier(eqx.Module):
         self.cells = [eqx.nn.GRUCell(size, size, dtype=dtype, key=key) for key in keys]
         self.readout = eqx.nn.Linear(size, num_classes, dtype=dtype, key=readout_key)
 
-    def __call__(self, xs: Inputs, method: MethodName) -> Float[Array, " class"]:
+    def __call__(self, xs: Inputs, method: RecurrentName) -> Float[Array, " class"]:
         """Classifies a sequence."""
         hs = jax.vmap(self.encoder)(xs)
         for norm, cell in zip(self.norms, self.cells, strict=True):
             hs += make_layer(method, cell)(jax.vmap(norm)(hs))
         return self.readout(jnp.mean(hs, axis=0))
 
-    def count_iterations(self, xs: Inputs, method: MethodName) -> Int[Array, ""] | None:
+    def count_iterations(
+        self, xs: Inputs, method: RecurrentName
+    ) -> Int[Array, ""] | None:
         """The Newton iterations of the layer that takes most of them."""
         hs = jax.vmap(self.encoder)(xs)
         counts = []
@@ -136,7 +125,7 @@ class RNNClassifier(eqx.Module):
         return None if None in counts else ft.reduce(jnp.maximum, counts)
 
 
-def make_loss(method: MethodName) -> LossFn:
+def make_loss(method: RecurrentName) -> LossFn:
     """The mean cross-entropy of a batch."""
 
     def loss(
@@ -152,7 +141,7 @@ def make_loss(method: MethodName) -> LossFn:
 
 
 def make_evaluate(
-    method: MethodName, xs: np.ndarray, labels: np.ndarray
+    method: RecurrentName, xs: np.ndarray, labels: np.ndarray
 ) -> Callable[[TrainState], dict[str, float | None]]:
     """Accuracy and loss on the test sequences, and Newton iterations of a few."""
 
@@ -183,30 +172,21 @@ def make_evaluate(
     return evaluate
 
 
-def load_data(config: Config) -> Sequences:
+def load_data(config: Config) -> Dataset:
     """Loads the data, with few test sequences for a smoke test."""
     data = load(config.dataset, config.data_dir)
     if config.length is not None:
         data = data.thinned(config.length)
-    if config.batch_size > len(data.train_xs):
-        msg = (
-            f"--batch-size is {config.batch_size}, but {config.dataset} has "
-            f"{len(data.train_xs)} training sequences. Choose at most that many."
-        )
-        raise ExperimentError(msg)
-    if config.smoke:
-        xs, labels = data.test_xs[:16], data.test_labels[:16]
-        return dataclasses.replace(data, test_xs=xs, test_labels=labels)
-    return data
+    config.check_batch_size(len(data.train_xs), data.name)
+    return data.with_tests(16) if config.smoke else data
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Adam with a decaying learning rate, on gradients that are not too long."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    return optax.chain(optax.clip_by_global_norm(1.0), config.adam())
 
 
-def make_runs(config: Config, data: Sequences) -> dict[str, Run]:
+def make_runs(config: Config, data: Dataset) -> dict[str, Run]:
     """One run a method, all from the same weights."""
     model_key, train_key = jr.split(jr.key(config.seed))
     num_features = data.train_xs.shape[-1]
@@ -224,7 +204,7 @@ def make_runs(config: Config, data: Sequences) -> dict[str, Run]:
 
 def table(results: dict[str, Any], metrics: Sequence[Metric] = (METRIC, LOSS)) -> str:
     """One line for each method, in Markdown."""
-    baseline = results["solvers"].get(BASELINE)
+    baseline = results["solvers"].get(RECURRENT_BASELINE)
     rows = []
     for name, method in results["solvers"].items():
         final, timing = method["final"], method["timing"]
@@ -241,30 +221,14 @@ def table(results: dict[str, Any], metrics: Sequence[Metric] = (METRIC, LOSS)) -
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment.
-
-    Args:
-        config: the settings.
-
-    Returns:
-        The content of `results.json`.
-    """
-    config.check()
-    config = config.reduced() if config.smoke else config
+    """Runs the experiment; returns the content of `results.json`."""
+    config = ready(config)
     data = load_data(config)
-
-    def batches_from(step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        num_examples = len(data.train_xs)
-        for indices in batches(
-            num_examples, config.batch_size, config.seed, start_step=step
-        ):
-            yield data.train_xs[indices], data.train_labels[indices]
-
     experiment = Experiment(
         name="rnn_classifier",
         make_runs=lambda: make_runs(config, data),
         optimizer=make_optimizer(config),
-        batches_from=batches_from,
+        batches_from=ft.partial(data.batches_from, config.batch_size, config.seed),
         metrics=(METRIC, LOSS),
         loss_label="training loss (nats)",
         table=table,

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import diffrax
 import equinox as eqx
@@ -31,23 +31,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from experiments.common import datasets, two_body, warm_start
 from experiments.common.command_line import by_platform, run
-from experiments.common.errors import ExperimentError
-from experiments.common.experiment import (
-    Experiment,
-    TrainingConfig,
-    carry_out,
-    check_settings,
-)
+from experiments.common.errors import ExperimentError, check_least
+from experiments.common.experiment import Experiment, TrainingConfig, carry_out
 from experiments.common.hamiltonian import HamiltonianNetwork, make_loss, solve
+from experiments.common.measurement import ready
 from experiments.common.orbits import draw_orbits
 from experiments.common.results import Metric, format_table
-from experiments.common.solvers import SolverName, count_work, solve_options
+from experiments.common.solvers import SolverName, solve_options
 from experiments.common.training import Run, TrainState, init_state
+from experiments.common.work import count_work
 
 METRICS = (
     Metric(
@@ -106,25 +102,18 @@ class Config(TrainingConfig):
     dtype: Literal["float32", "float64"] = by_platform("float32", "float64")
     out: Path = Path("runs/two_body_hnn")
 
-    def reduced(self) -> "Config":
+    def reduced(self) -> Self:
         """The same experiment, small enough to take seconds."""
-        largest = {"steps": 4, "batch_size": 2, "evaluations": 2, "width": 4}
-        largest |= {"depth": 1, "num_train": 4, "num_validation": 2, "num_test": 2}
-        small = {name: min(getattr(self, name), n) for name, n in largest.items()}
-        return dataclasses.replace(
-            self, num_steps=8, num_times=10, stages=min(self.stages, 2), **small
-        )
+        short = dataclasses.replace(self, num_steps=8, num_times=10)
+        nums = {"num_train": 4, "num_validation": 2, "num_test": 2}
+        return short.shrunk(batch_size=2, width=4, depth=1, stages=2, **nums)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
+        super().check()
         sizes = ("num_times", "num_train", "num_validation", "num_test")
-        check_settings(self, dict.fromkeys((*sizes, "stages", "width", "depth"), 1))
-        if self.batch_size > self.num_train:
-            msg = (
-                f"--batch-size is {self.batch_size}, but there are only "
-                f"{self.num_train} trajectories. Lower it, or raise --num-train."
-            )
-            raise ExperimentError(msg)
+        check_least(self, **dict.fromkeys((*sizes, "stages", "width", "depth"), 1))
+        self.check_batch_size(self.num_train, "--num-train")
         for name in ("num_times", "num_steps"):
             if getattr(self, name) % self.stages != 0:
                 msg = (
@@ -138,7 +127,7 @@ class Config(TrainingConfig):
         stage = 1 + step * self.stages // self.steps
         return self.num_times // self.stages * stage
 
-    def solve_options(self, name: SolverName, num_times: int) -> dict[str, Any]:
+    def options_for(self, name: SolverName, num_times: int) -> dict[str, Any]:
         """The arguments of `diffrax.diffeqsolve` for the first `num_times` times."""
         factor = _TOLERANCE_FACTORS.get(name, 1.0)
         num_steps = self.num_steps * num_times // self.num_times
@@ -171,7 +160,7 @@ def make_evaluate(
     `num_iterations_warm` the mean of what the samples took when they were last trained
     with.
     """
-    options = config.solve_options(name, config.num_times)
+    options = config.options_for(name, config.num_times)
 
     def measure_one(
         model: HamiltonianNetwork, y0: Array, truth: Array, ts: Array
@@ -216,12 +205,6 @@ def load_data(config: Config) -> two_body.TwoBodyData:
     return two_body.TwoBodyData(**arrays)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam with a decaying learning rate."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.adam(schedule)
-
-
 def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
     """One run a solver, all from the same weights and random key."""
     model_key, train_key = jr.split(jr.key(config.seed))
@@ -229,20 +212,17 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
     model = HamiltonianNetwork(*size, jnp.dtype(config.dtype), model_key)
 
     def make_run(name: SolverName) -> Run:
-        options_for = functools.partial(config.solve_options, name)
+        options_for = functools.partial(config.options_for, name)
         # Only Newton's method has a use for a guess.
         memory = None
         if name == "deer_newton" and config.warm_start:
-            solver, term = (
-                options_for(config.num_times)["solver"],
-                diffrax.ODETerm(model),
-            )
-            y0s = jnp.asarray(data.train_y0)
+            solver = options_for(config.num_times)["solver"]
+            term, y0s = diffrax.ODETerm(model), jnp.asarray(data.train_y0)
             memory = warm_start.cold(solver, term, two_body.HORIZON, y0s)
         return Run(
             loss_fn=make_loss(options_for, jnp.asarray(data.ts)),
             evaluate=make_evaluate(config, name, data),
-            state=init_state(model, make_optimizer(config), train_key, memory),
+            state=init_state(model, config.adam(), train_key, memory),
         )
 
     return {name: make_run(name) for name in config.solver}
@@ -267,8 +247,7 @@ def table_of_losses(results: dict[str, dict[str, Any]]) -> str:
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; returns the content of `results.json`."""
-    config.check()
-    config = config.reduced() if config.smoke else config
+    config = ready(config)
     # Float32 means float32, and not what a GPU makes of it for speed.
     with (
         jax.enable_x64(config.dtype == "float64"),
@@ -287,7 +266,7 @@ def main(config: Config) -> dict[str, Any]:
         experiment = Experiment(
             name="two_body_hnn",
             make_runs=lambda: make_runs(config, data),
-            optimizer=make_optimizer(config),
+            optimizer=config.adam(),
             batches_from=batches_from,
             metrics=METRICS,
             loss_label="training loss",

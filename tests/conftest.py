@@ -5,6 +5,8 @@ import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 # XLA shares one pool of threads between operations and the parallel parts of one
 # operation; on a machine with two cores the first can wait for the second for ever.
@@ -18,6 +20,15 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 # `optimized` are compiled as by users.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Programs with a check at run time contain a host callback, which JAX does not keep in
+# its compilation cache. Only what is marked `raises` is checked.
+os.environ["EQX_ON_ERROR"] = "off"
+_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import equinox._errors  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import Array  # noqa: E402
@@ -66,6 +77,19 @@ def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update(name, disabled and not optimized)
     yield
     jax.config.update(name, disabled)
+
+
+@pytest.fixture(autouse=True)
+def _raises(request: pytest.FixtureRequest, monkeypatch: Any) -> Iterator[None]:
+    """Errors at run time, in tests that are about them."""
+    if request.node.get_closest_marker("raises") is None:
+        yield
+        return
+    # What was traced without the check must not be found again, nor the other way.
+    jax.clear_caches()
+    monkeypatch.setattr(equinox._errors, "EQX_ON_ERROR", "raise")
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """What several test modules share: strategies, problems and obvious references."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffrax
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
@@ -12,46 +14,77 @@ import pytest
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from diffrax_deer import DEERSolver
-from diffrax_deer._affine_scan import (
+from diffrax_deer import (
+    AbstractGradient,
+    AbstractLinearization,
+    AbstractMethod,
+    AbstractPredictor,
     AbstractScan,
     AssociativeScan,
-    PlatformScan,
-    SequentialScan,
-)
-from diffrax_deer._forward import (
-    AbstractForward,
-    ParallelForward,
-    SequentialForward,
-    StepByStep,
-)
-from diffrax_deer._linearization import (
-    AbstractLinearization,
+    BlockDiagonalJacobian,
+    ConstantPredictor,
+    DEERAdjoint,
+    DEERSolver,
     DiagonalJacobian,
+    ExponentialRosenbrockEuler,
     FullJacobian,
+    Jacobi,
+    MatrixFreeGradient,
+    Newton,
+    ParallelGradient,
     Picard,
     PiecewiseConstant,
+    Sequential,
+    SequentialGradient,
+    SequentialScan,
+    Statistics,
     StepMap,
 )
-from diffrax_deer._newton import NewtonIteration
-from diffrax_deer._predictor import AbstractPredictor, ConstantPredictor
+from diffrax_deer._solve import solve
 
-# A strategy added here is held to every contract.
+# The one registry: what is added here is held to every contract.
 linearizations: dict[str, AbstractLinearization] = {
     "full_jacobian": FullJacobian(),
     "piecewise_constant": PiecewiseConstant(),
     "diagonal_jacobian": DiagonalJacobian(),
+    "block_diagonal_jacobian": BlockDiagonalJacobian(1),
     "picard": Picard(),
+    "jacobi": Jacobi(),
 }
 scans: dict[str, AbstractScan] = {
     "sequential": SequentialScan(),
     "associative": AssociativeScan(),
-    "platform": PlatformScan(),
 }
-forwards: dict[str, AbstractForward] = {
-    "parallel": ParallelForward(),
-    "sequential": SequentialForward(),
-    "step_by_step": StepByStep(),
+methods: dict[str, AbstractMethod] = {"newton": Newton(), "sequential": Sequential()}
+gradients: dict[str, AbstractGradient] = {
+    "parallel": ParallelGradient(),
+    "matrix_free": MatrixFreeGradient(),
+    "sequential": SequentialGradient(),
+}
+# Step maps: the order of each, for a field that depends on time.
+step_maps: dict[str, tuple[diffrax.AbstractSolver, int]] = {
+    "euler": (diffrax.Euler(), 1),
+    "heun": (diffrax.Heun(), 2),
+    "midpoint": (diffrax.Midpoint(), 2),
+    "ralston": (diffrax.Ralston(), 2),
+    "bosh3": (diffrax.Bosh3(), 3),
+    "tsit5": (diffrax.Tsit5(), 5),
+    "dopri5": (diffrax.Dopri5(), 5),
+    "dopri8": (diffrax.Dopri8(), 8),
+    "half_solver": (diffrax.HalfSolver(diffrax.Bosh3()), 3),
+    "implicit_euler": (diffrax.ImplicitEuler(), 1),
+    "kvaerno3": (diffrax.Kvaerno3(), 3),
+    "kvaerno5": (diffrax.Kvaerno5(), 5),
+    "rosenbrock_euler": (ExponentialRosenbrockEuler(), 2),
+}
+adjoints: dict[str, diffrax.AbstractAdjoint] = {
+    "default": diffrax.RecursiveCheckpointAdjoint(),
+    "deer": DEERAdjoint(),
+}
+# These two are for derivatives in their own ways.
+all_adjoints = adjoints | {
+    "direct": diffrax.DirectAdjoint(),
+    "forward": diffrax.ForwardMode(),
 }
 
 
@@ -62,16 +95,19 @@ def slowly(*values: Any) -> Any:
 
 def newton_solver(*args: Any, **kwargs: Any) -> DEERSolver:
     """A `DEERSolver` that uses Newton's method, unless told otherwise."""
-    return DEERSolver(*args, **{"forward": ParallelForward()} | kwargs)
+    return DEERSolver(*args, **{"method": Newton()} | kwargs)
 
 
-each_linearization = pytest.mark.parametrize(
-    "linearization", linearizations.values(), ids=linearizations.keys()
-)
-each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
-each_forward = pytest.mark.parametrize(
-    "forward", forwards.values(), ids=forwards.keys()
-)
+def each(name: str, registry: dict[str, Any]) -> Any:
+    """Parametrizes the argument `name` over a registry."""
+    return pytest.mark.parametrize(name, registry.values(), ids=registry.keys())
+
+
+each_linearization = each("linearization", linearizations)
+each_scan = each("scan", scans)
+each_method = each("method", methods)
+each_gradient = each("gradient", gradients)
+each_adjoint = pytest.mark.parametrize("adjoint", adjoints)
 
 
 # ---- Problems ----
@@ -210,6 +246,20 @@ def rk4(field: Callable[[Any, Any, Any], Array], args: PyTree[Any]) -> StepMap:
     return StepMap(step, increment)
 
 
+def with_coarse_steps(step_map: StepMap) -> StepMap:
+    """The step map of `rk4` with steps over several others, and to any end between."""
+
+    def coarse_step(first, last, y):
+        return step_map.step((first[0], last[1]), y)
+
+    def coarse_interpolate(first, last, x, y):
+        del last
+        return step_map.step((first[0], x[1]), y)
+
+    coarse = {"coarse_step": coarse_step, "coarse_interpolate": coarse_interpolate}
+    return dataclasses.replace(step_map, **coarse)
+
+
 def intervals(times: Array) -> tuple[Array, Array]:
     """The beginnings and the ends of the steps between `times`."""
     return times[:-1], times[1:]
@@ -239,19 +289,51 @@ def newton(
     max_iterations: int | None = None,
     predictor: AbstractPredictor | None = None,
     window: int | None = None,
-) -> NewtonIteration:
-    """A `NewtonIteration` with the same relative and absolute tolerance."""
-    linearization = FullJacobian() if linearization is None else linearization
-    scan = SequentialScan() if scan is None else scan
-    return NewtonIteration(
-        linearization,
-        scan,
+) -> Newton:
+    """Newton's method with equal tolerances, from the constant guess by default."""
+    return Newton(
+        FullJacobian() if linearization is None else linearization,
+        SequentialScan() if scan is None else scan,
         ConstantPredictor() if predictor is None else predictor,
         tolerance,
         tolerance,
         max_iterations,
         window,
     )
+
+
+def solved(
+    step_map: StepMap,
+    y0: Array,
+    xs: PyTree[Any],
+    *,
+    guess: Array | None = None,
+    method: AbstractMethod | None = None,
+    gradient: AbstractGradient | None = None,
+) -> tuple[Array, Statistics]:
+    """States and statistics; by default of `newton()` and `ParallelGradient()`."""
+    num_steps = len(jax.tree.leaves(xs)[0])
+    ys, statistics, _ = solve(
+        step_map,
+        y0,
+        xs,
+        constant_guess(y0, num_steps) if guess is None else guess,
+        newton() if method is None else method,
+        ParallelGradient() if gradient is None else gradient,
+    )
+    return ys, statistics
+
+
+class UnguardedScan(AbstractScan):
+    """All products of diagonal transitions, also where there is nothing to multiply."""
+
+    def __call__(self, a, b, *, reverse=False):
+        assert not reverse
+        compose = lambda left, right: (
+            right[0] * left[0],
+            right[0] * left[1] + right[1],
+        )
+        return lax.associative_scan(compose, (a.entries, b))[1]
 
 
 def constant_guess(y0: Array, num_steps: int) -> Array:

@@ -1,6 +1,6 @@
-"""The oracle of the conformance tests, and the adjoints that are held to it.
+"""The oracle of the conformance tests.
 
-The oracle is one step of a diffrax solver after another, in a plain `lax.scan`.
+It is one step of a diffrax solver after another, in a plain `lax.scan`.
 """
 
 from typing import Any, NamedTuple
@@ -9,23 +9,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 from jaxtyping import Array, PyTree
-
-from diffrax_deer import DEERAdjoint
-
-# An adjoint added here is held to all of diffrax's conventions.
-adjoints: dict[str, diffrax.AbstractAdjoint] = {
-    "default": diffrax.RecursiveCheckpointAdjoint(),
-    "deer": DEERAdjoint(),
-}
-each_adjoint = pytest.mark.parametrize("adjoint", adjoints)
-# These two are for derivatives in their own ways.
-all_adjoints = adjoints | {
-    "direct": diffrax.DirectAdjoint(),
-    "forward": diffrax.ForwardMode(),
-}
 
 
 class Steps(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools as ft
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,43 +11,64 @@ import pytest
 import scipy.linalg
 from jax import lax
 
-from diffrax_deer._affine_scan import SequentialScan, affine_recurrence
-from diffrax_deer._causal import shift
+from diffrax_deer import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    SequentialScan,
+    affine_recurrence,
+)
+from diffrax_deer._affine_scan import transposed_scan
 
-from .helpers import relative_error, scans
+from .helpers import each_scan, relative_error, scans
 
-each_scan = pytest.mark.parametrize("scan", scans.values(), ids=scans.keys())
 _STATE = 4
-_SHAPES = {"dense": (_STATE, _STATE), "diagonal": (_STATE,), "blocks": (2, 2, 2)}
-each_kind = pytest.mark.parametrize("kind", _SHAPES)
+_STRUCTURES = {
+    "dense": (Dense, (_STATE, _STATE)),
+    "diagonal": (Diagonal, (_STATE,)),
+    "blocks": (BlockDiagonal, (2, 2, 2)),
+}
 
 
-def _problem(kind: str, num_steps: int, dtype=jnp.float64, batch: tuple[int, ...] = ()):
+def _problem(structure: str, num_steps: int, dtype=jnp.float64, batch=()) -> Any:
     """Transitions, inhomogeneity and initial value."""
+    make, shape = _STRUCTURES[structure]
     rng = np.random.default_rng(num_steps)
-    a = rng.normal(size=(*batch, num_steps, *_SHAPES[kind])) / 1.5
+    a = rng.normal(size=(*batch, num_steps, *shape)) / 1.5
     b = rng.normal(size=(*batch, num_steps, _STATE))
     y0 = rng.normal(size=(*batch, _STATE))
-    return tuple(jnp.asarray(x, dtype) for x in (a, b, y0))
+    return make(jnp.asarray(a, dtype)), jnp.asarray(b, dtype), jnp.asarray(y0, dtype)
 
 
-def _matrices(a) -> np.ndarray:
-    """The transitions of any kind in full."""
-    a = np.asarray(a, np.float64)
+def _problems(num_steps: int, **kwargs: Any) -> list[Any]:
+    return [_problem(structure, num_steps, **kwargs) for structure in _STRUCTURES]
+
+
+def _matrices(a: Any) -> np.ndarray:
+    """Transitions of any structure in full."""
+    a = np.asarray(a.entries, np.float64)
     if a.ndim == 2:
         return np.stack([np.diag(x) for x in a])
     full = lambda x: np.asarray(scipy.linalg.block_diag(*x))
     return a if a.ndim == 3 else np.stack([full(x) for x in a])
 
 
-def _loop(a, b, y0=None, reverse=False) -> np.ndarray:
+def _loop(a, b, y0=None) -> np.ndarray:
     """The definition."""
     a, b = _matrices(a), np.asarray(b, np.float64)
     y = np.zeros(_STATE) if y0 is None else np.asarray(y0, np.float64)
     out = np.zeros_like(b)
-    for n in reversed(range(len(b))) if reverse else range(len(b)):
+    for n in range(len(b)):
         y = a[n] @ y + b[n]
         out[n] = y
+    return out
+
+
+def _backwards(a, b) -> np.ndarray:
+    """That of a reversed scan, which does not use the first transition."""
+    a, out = _matrices(a), np.array(b, np.float64)
+    for n in reversed(range(len(b) - 1)):
+        out[n] += a[n + 1] @ out[n + 1]
     return out
 
 
@@ -63,88 +85,86 @@ def _plain(a, b, y0):
         y = y + b
         return y, y
 
-    return lax.scan(step, y0, (a, b))[1]
+    return lax.scan(step, y0, (a.entries, b))[1]
 
 
-@each_scan
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 8, 33])
-def test_every_scan_does_what_the_loop_does(scan, num_steps):
-    systems = [_problem(kind, num_steps)[:2] for kind in _SHAPES]
-    cases = list(itertools.product(systems, (False, True)))
-    got = jax.jit(lambda: [scan(*ab, reverse=reverse) for ab, reverse in cases])()
-    for y, (ab, reverse) in zip(got, cases, strict=True):
-        assert relative_error(y, _loop(*ab, reverse=reverse)) < 1e-14
-
-
-@each_scan
-@each_kind
-def test_single_precision_stays_single_and_is_exact_to_rounding(scan, kind):
-    a, b, y0 = _problem(kind, 33, jnp.float32)
-    y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a, b, y0)
-    assert y.dtype == jnp.float32
-    assert relative_error(y, _loop(a, b, y0)) < 2e-6
-
-
-@each_scan
-@each_kind
-def test_the_recurrence_starts_from_its_initial_value(scan, kind):
-    a, b, y0 = _problem(kind, 7)
-    solve = jax.jit(ft.partial(affine_recurrence, scan=scan))
-    assert relative_error(solve(a, b, y0), _loop(a, b, y0)) < 1e-14
-    assert relative_error(solve(a, b), _loop(a, b)) < 1e-14
-    # Steps of which none exists, and states without components.
-    assert solve(a[:0], b[:0]).shape == (0, _STATE)
-    empty = solve(a[(slice(None), *[slice(0)] * (a.ndim - 1))], b[:, :0], y0[:0])
-    assert empty.shape == (7, 0)
-
-
-def test_predecessors_are_shifted_by_one():
-    ys = jnp.arange(8.0).reshape(4, 2)
-    y0 = jnp.array([-2.0, -1.0])
-    np.testing.assert_array_equal(shift(y0, ys), jnp.arange(-2.0, 6.0).reshape(4, 2))
-
-
-@each_scan
-@each_kind
-def test_the_recurrence_is_linear_and_its_transpose_is_the_transpose(scan, kind):
-    a, b, y0 = _problem(kind, 7)
-    rng = np.random.default_rng(0)
-    c, d = (jnp.asarray(rng.normal(size=b.shape)) for _ in range(2))
-    dense = _matrices(a)
-    blocks = np.eye(b.size)
-    for n in range(1, len(b)):
+def _inverse(a: Any, size: int) -> np.ndarray:
+    """The matrix that takes all inhomogeneities to all solutions."""
+    system = np.eye(size)
+    for n, matrix in enumerate(_matrices(a)[1:], start=1):
         rows, columns = (slice(k * _STATE, (k + 1) * _STATE) for k in (n, n - 1))
-        blocks[rows, columns] = -dense[n]
-    inverse = np.linalg.inv(blocks)
+        system[rows, columns] = -matrix
+    return np.linalg.inv(system)
+
+
+def _at(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@each_scan
+def test_scans_do_what_the_loop_does_in_both_directions(scan):
+    # Of one step, and of lengths that halve to odd and to even ones.
+    systems = [p[:2] for n in (1, 2, 7, 33) for p in _problems(n)]
+    both = lambda a, b: (scan(a, b), scan(a, b, reverse=True))
+    got = jax.jit(lambda: [both(*system) for system in systems])()
+    for (forwards, backwards), system in zip(got, systems, strict=True):
+        assert relative_error(forwards, _loop(*system)) < 1e-14
+        assert relative_error(backwards, _backwards(*system)) < 1e-14
+
+
+def test_recurrences_in_single_precision_are_exact_to_rounding():
+    systems = _problems(33, dtype=jnp.float32)
+    solve = lambda system: [affine_recurrence(*system, scan=s) for s in scans.values()]
+    results = jax.jit(lambda: [solve(system) for system in systems])()
+    for ys, system in zip(results, systems, strict=True):
+        for y in ys:
+            assert y.dtype == jnp.float32
+            assert relative_error(y, _loop(*system)) < 2e-6
+
+
+def test_recurrences_start_from_their_initial_value_or_from_zero():
+    for a, b, y0 in _problems(7):
+        assert relative_error(affine_recurrence(a, b, y0), _loop(a, b, y0)) < 1e-14
+        assert relative_error(affine_recurrence(a, b), _loop(a, b)) < 1e-14
+
+
+def test_recurrences_without_steps_or_components_are_empty():
+    for a, b, y0 in _problems(7):
+        assert affine_recurrence(_at(a, slice(0)), b[:0]).shape == (0, _STATE)
+        cut = (slice(None), *[slice(0)] * (a.entries.ndim - 1))
+        assert affine_recurrence(_at(a, cut), b[:, :0], y0[:0]).shape == (7, 0)
+
+
+@each_scan
+def test_transposed_recurrences_are_dense_transposed_solves(scan):
+    rng = np.random.default_rng(0)
 
     @jax.jit
-    def check(a, b, c, d, y0):
+    def check(a, b, c):
         solve = lambda b: affine_recurrence(a, b, scan=scan)
         (transposed,) = jax.linear_transpose(solve, b)(c)
         (pulled,) = jax.vjp(solve, b)[1](c)
-        _, pushed = jax.jvp(solve, (b,), (d,))
-        combined = affine_recurrence(a, 2 * b + 3 * d, 2 * y0, scan=scan)
-        parts = 2 * affine_recurrence(a, b, y0, scan=scan) + 3 * solve(d)
-        return transposed, pulled, pushed, combined, parts
+        _, pushed = jax.jvp(solve, (b,), (c,))
+        return (transposed_scan(scan, a, c), transposed, pulled), pushed
 
-    transposed, pulled, pushed, combined, parts = check(a, b, c, d, y0)
-    expected = (inverse.T @ np.asarray(c).reshape(-1)).reshape(b.shape)
-    assert relative_error(transposed, expected) < 1e-13
-    assert relative_error(pulled, expected) < 1e-13
-    expected = (inverse @ np.asarray(d).reshape(-1)).reshape(b.shape)
-    assert relative_error(pushed, expected) < 1e-13
-    assert relative_error(combined, parts) < 1e-13
+    for a, b, _ in _problems(7):
+        c = jnp.asarray(rng.normal(size=b.shape))
+        transposed, pushed = check(a, b, c)
+        inverse, flat = _inverse(a, b.size), np.asarray(c).reshape(-1)
+        for got in transposed:
+            assert relative_error(got, (inverse.T @ flat).reshape(b.shape)) < 1e-13
+        assert relative_error(pushed, (inverse @ flat).reshape(b.shape)) < 1e-13
 
 
 @each_scan
-@each_kind
-def test_derivatives_are_those_of_the_loop(scan, kind):
-    arguments = _problem(kind, 7)
+def test_derivatives_are_those_of_the_loop(scan):
+    arguments = _problems(7)
     rng = np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.normal(size=x.shape))
-    tangents, weight = tuple(map(random, arguments)), random(arguments[1])
+    tangents = jax.tree.map(random, arguments)
+    weight = random(arguments[0][1])
 
-    def derivatives(solve, arguments, tangents, weight):
+    def derivatives(solve, arguments, tangents):
         def loss(*arguments):
             return jnp.sum(weight * jnp.sin(solve(*arguments)))
 
@@ -153,25 +173,27 @@ def test_derivatives_are_those_of_the_loop(scan, kind):
         # Forward over reverse.
         return value, pushed, *jax.jvp(value_and_grad, arguments, tangents)
 
-    got, expected = (
-        jax.jit(ft.partial(derivatives, solve))(arguments, tangents, weight)
-        for solve in (ft.partial(affine_recurrence, scan=scan), _plain)
-    )
+    def of_all(solve):
+        run = lambda pair: derivatives(solve, *pair)
+        return list(map(run, zip(arguments, tangents, strict=True)))
+
+    own = ft.partial(affine_recurrence, scan=scan)
+    got, expected = jax.jit(lambda: (of_all(own), of_all(_plain)))()
     assert relative_error(got, expected) < 1e-12
 
 
-@each_scan
-def test_hessians_in_every_mode_are_those_of_the_loop(scan):
-    # Through a scalar, so that the matrices stay small: all three arguments depend on
-    # it, and so does each pair of them.
+def test_hessians_in_every_order_of_modes_are_those_of_the_loop():
+    # Through two scalars, so that the matrices stay small: all three arguments depend
+    # on them, and so does each pair of them.
     a, b, y0 = _problem("dense", 5)
 
     def loss(solve, x):
-        return jnp.sum(jnp.cos(solve(a * x[0], jnp.sin(x[1] * b), y0 * x[0] * x[1])))
+        a_x = jax.tree.map(lambda a: a * x[0], a)
+        return jnp.sum(jnp.cos(solve(a_x, jnp.sin(x[1] * b), y0 * x[0] * x[1])))
 
     @jax.jit
     def hessians(x):
-        own = ft.partial(loss, ft.partial(affine_recurrence, scan=scan))
+        own = ft.partial(loss, ft.partial(affine_recurrence, scan=SequentialScan()))
         modes = [
             outer(inner(own))(x)
             for outer in (jax.jacfwd, jax.jacrev)
@@ -184,61 +206,50 @@ def test_hessians_in_every_mode_are_those_of_the_loop(scan):
         assert relative_error(hessian, expected) < 1e-12
 
 
-@each_scan
-@each_kind
-def test_any_argument_can_be_batched(scan, kind):
-    batch = 4
-    batched = _problem(kind, 5, batch=(batch,))
-    single = tuple(x[0] for x in batched)
+@pytest.mark.parametrize(
+    ("scan", "structure"), [("sequential", "dense"), ("associative", "blocks")]
+)
+def test_any_argument_can_be_batched(scan, structure):
+    batched = _problem(structure, 5, batch=(3,))
+    single = _at(batched, 0)
     subsets = [s for s in itertools.product((None, 0), repeat=3) if s != (None,) * 3]
     choose = lambda axes: [
         x if axis is None else xs
         for x, xs, axis in zip(single, batched, axes, strict=True)
     ]
-    solve = ft.partial(affine_recurrence, scan=scan)
+    solve = ft.partial(affine_recurrence, scan=scans[scan])
 
     @jax.jit
     def together():
         values = [jax.vmap(solve, in_axes=axes)(*choose(axes)) for axes in subsets]
-        gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(solve(*x))), argnums=(0, 1, 2))
-        return values, jax.vmap(gradient)(*batched)
+        both = []
+        for f in (solve, _plain):
+            loss = lambda *x, f=f: jnp.sum(jnp.sin(f(*x)))
+            both.append(jax.vmap(jax.grad(loss, argnums=(0, 1, 2)))(*batched))
+        return values, *both
 
-    values, gradients = together()
+    values, gradients, expected = together()
     for axes, value in zip(subsets, values, strict=True):
-        for i in range(batch):
-            a, b, y0 = (
-                x if axis is None else x[i]
-                for x, axis in zip(choose(axes), axes, strict=True)
-            )
-            assert relative_error(value[i], _loop(a, b, y0)) < 1e-14
-    gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(_plain(*x))), argnums=(0, 1, 2))
-    assert relative_error(gradients, jax.jit(jax.vmap(gradient))(*batched)) < 1e-12
+        for i in range(3):
+            arguments = zip(choose(axes), axes, strict=True)
+            picked = [x if axis is None else _at(x, i) for x, axis in arguments]
+            assert relative_error(value[i], _loop(*picked)) < 1e-14
+    assert relative_error(gradients, expected) < 1e-12
 
 
-def test_long_stable_recurrences_agree():
-    # A long product of contractions: what underflows must not hurt.
+def test_long_stable_recurrences_do_not_suffer_from_underflow():
     a, b, y0 = _problem("dense", 1000)
-    expected = _loop(a / 2, b, y0)
+    a = Dense(a.entries / 2)
     for scan in scans.values():
-        y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a / 2, b, y0)
-        assert relative_error(y, expected) < 1e-13
+        y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a, b, y0)
+        assert relative_error(y, _loop(a, b, y0)) < 1e-13
 
 
-@each_scan
-@each_kind
-def test_products_that_overflow_stay_away_from_zeros(scan, kind):
+def test_products_that_overflow_leave_zeros_alone():
     # Nothing happens before the last step, though the product of all is infinite.
-    a, b, _ = _problem(kind, 33)
-    a, b = 1e30 * a, b.at[:-1].set(0.0)
-    y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a, b)
-    np.testing.assert_array_equal(y, b)
-
-
-def test_the_platform_scan_is_sequential_on_a_cpu():
-    if jax.default_backend() != "cpu":
-        pytest.skip("the choice on a CPU")
-    a, b, _ = _problem("dense", 33)
-    got, expected = (jax.jit(s)(a, b) for s in (scans["platform"], SequentialScan()))
-    np.testing.assert_array_equal(got, expected)
-    other = jax.jit(scans["associative"])(a, b)
-    assert np.any(np.asarray(got) != np.asarray(other))
+    for a, b, _ in _problems(33):
+        a = jax.tree.map(lambda x: 1e30 * x, a)
+        b = b.at[:-1].set(0.0)
+        for scan in scans.values():
+            y = jax.jit(ft.partial(affine_recurrence, scan=scan))(a, b)
+            np.testing.assert_array_equal(y, b)

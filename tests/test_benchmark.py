@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import readme
+from experiments import readme, thresholds
 from experiments.benchmark import (
     gate,
     goals,
     groups,
-    hand_written,
     matched,
     measure,
-    methods,
     reading,
     report,
     settings,
@@ -29,8 +27,12 @@ from experiments.benchmark import (
 )
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.matching import matching_count, matching_tolerance
-from experiments.common.affordable import too_slow
+from experiments.common import hand_written
+from experiments.common.affordable import reason_to_skip, too_large, too_slow
 from experiments.common.errors import ExperimentError
+from experiments.common.problems import PROBLEMS
+from experiments.common.solvers import METHODS
+from experiments.common.workload import make_function
 
 from .experiment_runs import ROOT, execute
 
@@ -57,7 +59,7 @@ def test_steps_by_hand_are_those_of_diffrax():
         workload = workloads.make(cell).after_one_step()
         arguments = workload.params, workload.y0s, None
         expected, found = (
-            methods.make_function(name, "gradient", workload)(*arguments)
+            make_function(METHODS[name], "gradient", workload)(*arguments)
             for name in ("dopri5_step_to", "scan_rk45")
         )
         assert found.ys.shape == (1, 100, 2)
@@ -84,7 +86,7 @@ def test_workloads_of_networks(workload):
     made = workloads.make({"workload": workload} | sizes)
     ys = jax.vmap(made.solve_by_hand, in_axes=(0, None))(made.y0s, made.params)
     assert jnp.isfinite(made.loss(ys))
-    assert made.times[-1] == made.t1
+    assert made.ts is None or made.ts[-1] == made.t1
 
 
 def test_steps_that_are_too_few():
@@ -131,19 +133,26 @@ def test_measured_cell():
 
 
 def test_what_would_take_too_long():
-    config = settings.Config(most_seconds=5.0)
     slow = {"methods": {"deer": {"seconds": [2.0]}, "dopri5": {"seconds": [9.0]}}}
     known = [_MLP | slow, _MLP | {"mode": "forward", "methods": {}}]
     longer = _MLP | {"num_steps": 512}
-    found = measure._reason_to_skip("deer", longer, known, config)
+    found = reason_to_skip("deer", longer, known, 5.0)
     assert found is not None
     assert found["skipped"]["expected_seconds"] == pytest.approx(8.0)
-    assert measure._reason_to_skip("dopri5", longer, known, config) is None
-    assert measure._reason_to_skip("floor", longer, known, config) is None
-    other = longer | {"batch_size": 16}
-    assert measure._reason_to_skip("deer", other, known, config) is None
+    # Fast enough, never measured, measured elsewhere alone.
+    assert reason_to_skip("deer", longer, known, 9.0) is None
+    assert reason_to_skip("floor", longer, known, 5.0) is None
+    assert reason_to_skip("deer", longer | {"batch_size": 16}, known, 5.0) is None
+    # What was left out says what to expect of longer ones, if anything is known.
+    left_out = [longer | {"methods": {"deer": found, "paper": too_large("1 GB")}}]
+    longest = _MLP | {"num_steps": 1024}
+    found = reason_to_skip("deer", longest, left_out, 5.0)
+    assert found is not None
+    assert found["skipped"]["expected_seconds"] == pytest.approx(16.0)
+    assert reason_to_skip("paper", longest, left_out, 5.0) is None
 
 
+@pytest.mark.slow
 def test_work_and_precision():
     names = ("dopri5", "tsit5_pid")
     config = settings.Config(methods=names, repeats=1, smoke=True)
@@ -292,7 +301,7 @@ def test_tables():
     assert "left out: 9 s expected" in text
     assert "geometric mean 1.73 over 2 cells, the worst 0.50" in text
     assert "deer is faster by" in text
-    shown = readme._TABLES["benchmark"]({"all": results})
+    shown = readme._benchmark({"all": results})
     assert "Measured on 2 cores (cpu)" in shown
     assert "32 steps" in shown
 
@@ -304,6 +313,43 @@ def test_pictures(tmp_path):
     assert all(_is_png(tmp_path / name) for name in names)
     report.draw(tmp_path / "none.json", [{"cells": []}])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# Thresholds
+
+
+def _gradients(batch_size: int, sequential: float, parallel: float) -> dict[str, Any]:
+    methods = {
+        "deer_sequential_gradient": _method(sequential),
+        "deer_sequential": _method(parallel),
+    }
+    cell = {"family": "mlp", "dim": 2, "num_steps": 128, "batch_size": batch_size}
+    return cell | {"methods": methods}
+
+
+def test_limits_of_the_parallel_gradient():
+    cells = [_gradients(1, 2, 1), _gradients(16, 4, 1), _gradients(64, 1, 8)]
+    assert thresholds.largest_parallel(cells) == 4 * 16
+    assert thresholds.best_limit(cells) == 4 * 16
+    costs = [thresholds.cost(cells, limit) for limit in (0, 4, 64, 256)]
+    assert costs == pytest.approx([2, 4 ** (1 / 3), 1, 2])
+    # Not the faster one everywhere, but on the whole.
+    cells.append(_gradients(16, 1, 1.1))
+    assert thresholds.largest_parallel(cells) == 4
+    assert thresholds.best_limit(cells) == 4 * 16
+    # Never.
+    assert thresholds.best_limit([_gradients(1, 1, 2)]) == 0
+
+
+@pytest.mark.slow
+def test_thresholds_smoke(tmp_path, capsys):
+    out = tmp_path / "thresholds.json"
+    results = thresholds.main(thresholds.Config(smoke=True, out=out))
+    assert json.loads(out.read_text()) == results
+    assert results["gradient_difference"] < 1e-4
+    printed = capsys.readouterr().out
+    for word in ("perceptron, 8 steps", "`MAX_PARALLEL_ENTRIES_SCAN`", "associative"):
+        assert word in printed
 
 
 # The gate
@@ -358,7 +404,7 @@ def test_gate_without_results(tmp_path):
         gate.main(gate.Config(tmp_path, tmp_path, 2.0))
 
 
-def test_matched_problems_exist():
-    assert set(matched.COMPARED) <= set(methods.METHODS)
-    config = settings.Config()
-    assert len(groups.cells_of("mlp", config)) >= 4 * 3 * 4 * 2
+def test_all_that_is_compared_is_in_the_registry():
+    names = {*matched.COMPARED, *measure.EVERYWHERE, *settings.Config().methods}
+    assert names <= METHODS.keys()
+    assert set(matched.CHOSEN) <= PROBLEMS.keys()

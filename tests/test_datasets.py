@@ -45,7 +45,7 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _sorted_rows(dataset: Dataset, max_pixel: int) -> np.ndarray:
-    images = np.concatenate([dataset.train_images, dataset.test_images])
+    images = np.concatenate([dataset.train_xs, dataset.test_xs])
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
     return _sort_rows(np.rint(images * max_pixel), labels)
 
@@ -57,9 +57,9 @@ def _sort_rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def test_digits_are_all_there(digits_dir: Path):
     dataset = load("digits", digits_dir)
-    assert dataset.train_images.shape == (1437, 64)
+    assert dataset.train_xs.shape == (1437, 64)
     assert dataset.train_labels.shape == (1437,)
-    assert dataset.test_images.shape == (360, 64)
+    assert dataset.test_xs.shape == (360, 64)
     assert dataset.test_labels.shape == (360,)
     expected = _sort_rows(*load_digits(return_X_y=True))
     np.testing.assert_array_equal(_sorted_rows(dataset, max_pixel=16), expected)
@@ -68,7 +68,7 @@ def test_digits_are_all_there(digits_dir: Path):
 def test_digits_are_scaled(digits_dir: Path):
     dataset = load("digits", digits_dir)
     assert (dataset.name, dataset.num_classes) == ("digits", 10)
-    for images in (dataset.train_images, dataset.test_images):
+    for images in (dataset.train_xs, dataset.test_xs):
         assert images.dtype == np.float32
         assert (images.min(), images.max()) == (0, 1)
     for labels in (dataset.train_labels, dataset.test_labels):
@@ -87,12 +87,10 @@ def test_prepared_data_is_read_again(
     digits_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     first = load("digits", tmp_path)
-    np.testing.assert_array_equal(
-        first.train_images, load("digits", digits_dir).train_images
-    )
+    np.testing.assert_array_equal(first.train_xs, load("digits", digits_dir).train_xs)
     monkeypatch.delattr(Digits, "_generate_examples")
     second = load("digits", tmp_path)
-    np.testing.assert_array_equal(first.train_images, second.train_images)
+    np.testing.assert_array_equal(first.train_xs, second.train_xs)
     np.testing.assert_array_equal(first.test_labels, second.test_labels)
 
 
@@ -175,8 +173,8 @@ class _Host:
         self.thread.join()
 
     def assert_equals(self, dataset: Dataset) -> None:
-        assert dataset.train_images.shape == (5, 784)
-        assert dataset.test_images.shape == (3, 784)
+        assert dataset.train_xs.shape == (5, 784)
+        assert dataset.test_xs.shape == (3, 784)
         expected = _sort_rows(self.images.reshape(-1, 784), self.labels)
         np.testing.assert_array_equal(_sorted_rows(dataset, max_pixel=255), expected)
 

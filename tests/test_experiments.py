@@ -35,18 +35,15 @@ from experiments.common.results import (
     write_json,
 )
 from experiments.common.run_folder import RunFolder, Start
-from experiments.common.solvers import count_work, solve_options
+from experiments.common.solvers import SolverName, solve_options
 from experiments.common.training import Record, Run, init_state, train
+from experiments.common.work import count_work
+from experiments.common.workload import make_function
 from experiments.neural_ode_classifier import METRIC, Config, main
 
-from .experiment_runs import ROOT, check_resumption, execute
+from .experiment_runs import ROOT, execute
 
 _MODULE = "neural_ode_classifier"
-_TINY = (
-    *("--steps", "200", "--evaluations", "20", "--batch-size", "4", "--width", "4"),
-    *("--state-dim", "2", "--readout-dim", "2", "--depth", "1", "--num-steps", "2"),
-    *("--solver", "dopri5", "deer"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +382,7 @@ def test_plot(tmp_path, losses):
         ({"steps": 0}, r"--steps is 0\. Choose at least 1"),
         ({"steps": -1, "smoke": True}, r"--steps is -1\. Choose at least 1"),
         ({"batch_size": 0}, "--batch-size is 0. Choose at least 1"),
-        ({"batch_size": 1438}, "has 1437 training images. Choose at most"),
+        ({"batch_size": 1438}, "has 1437 training examples. Choose at most"),
         ({"seed": -1}, "--seed is -1. Choose at least 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan. Choose a positive"),
         ({"rtol": 0.0}, "--rtol is 0.0. Choose a positive"),
@@ -409,12 +406,11 @@ def test_unknown_solver(capsys):
     assert "dopri5" in message
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, data_dir):
-    out = tmp_path / "run"
-    finished = execute(_MODULE, "--smoke", "--out", out, "--data-dir", data_dir)
+    solvers: tuple[SolverName, ...] = ("deer", "dopri5")
+    out, arguments = tmp_path / "run", ("--smoke", "--solver", *solvers)
+    finished = execute(_MODULE, *arguments, "--out", out, "--data-dir", data_dir)
     assert finished.returncode == 0, finished.stderr
-    solvers = Config().solver
     for word in ("test accuracy", "Newton iterations", *solvers):
         assert word in finished.stdout
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -442,28 +438,16 @@ def test_smoke(tmp_path, data_dir):
         np.testing.assert_allclose(solver["losses"], expected, rtol=1e-3)
 
     # A finished run is not trained again.
-    again = main(Config(smoke=True, resume=True, out=out, data_dir=data_dir))
-    assert again == results
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, data_dir):
-    check_resumption(_MODULE, tmp_path, *_TINY, "--data-dir", data_dir)
+    config = Config(solver=solvers, smoke=True, resume=True, out=out, data_dir=data_dir)
+    assert main(config) == results
 
 
 def test_only_the_solver_changed_has_the_errors_of_the_tolerance():
-    problem = adaptive._problems()["fitzhugh_nagumo"]
-    y0s = jnp.asarray([problem.y0], jnp.float32)
-    exact = diffrax.Dopri8(), diffrax.DirectAdjoint()
-    found = {}
-    for name in ("DEERSolver(num_steps=8)", "exact"):
-        method = exact if name == "exact" else adaptive._METHODS[name]
-        tolerance = 1e-6 if name == "exact" else 1e-5
-        function = adaptive.make_function(problem, method, tolerance)
-        found[name] = function(problem.params, y0s)
-    ((value, _), gradient), ((expected, _), wanted) = found.values()
-    np.testing.assert_allclose(value, expected, rtol=1e-3)
-    np.testing.assert_allclose(gradient, wanted, rtol=2e-2)
+    workload = adaptive.make_workload("fitzhugh_nagumo", 1)
+    method = adaptive.METHODS_COMPARED["DEERSolver(num_steps=8)"]
+    solve = make_function(method, "forward", workload, 1e-5)
+    found = solve(workload.params, workload.y0s, None)
+    np.testing.assert_allclose(found.ys, workload.reference().ys, rtol=1e-3)
 
 
 def test_settings_of_the_adaptive_comparison_that_make_no_sense(tmp_path):

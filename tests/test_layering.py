@@ -1,89 +1,49 @@
 """What may import what, and what must not happen on import."""
 
-import ast
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import diffrax_deer
 
+from .layering import LEAVES, dependencies, depths, imports, modules, rank
+
 _ROOT = Path(__file__).parents[1]
-_PACKAGE = _ROOT / "diffrax_deer"
-
-# Each module may import from those before it only.
-_LAYERS = [
-    "_custom_types",
-    "_batch",
-    "_platform",
-    "_matrix_functions",
-    "_causal",
-    "_affine_scan",
-    "_matrix_free",
-    "_checks",
-    "_linearization",
-    "_blocks",
-    "_predictor",
-    "_newton",
-    "_forward",
-    "_implicit",
-    "_deer_solve",
-    "_runge_kutta",
-    "_dataflow",
-    "_step_map",
-    "_carry",
-    "_deer_scan",
-    "_recurrent",
-    "_exponential",
-    "_quadrature",
-    "_trajectory",
-    "_interpolation",
-    "_controller",
-    "_solver",
-    "_events",
-    "_windows",
-    "_together",
-    "_successive",
-    "_saving",
-    "_adjoint",
-    "_measurement",
-    "_cost_model",
-    "_advice",
-    "_advise",
-]
-
-_MODULES = sorted(path.stem for path in _PACKAGE.rglob("*.py"))
 
 
-def _imports(path: Path) -> list[tuple[int, str]]:
-    """Level (number of dots) and dotted name of all that a file imports."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
-            found += [(node.level, name) for name in names]
-    return found
+def test_modules_import_from_no_package_of_higher_rank():
+    known = modules()
+    for module in known:
+        for other in dependencies(module):
+            where = f"{module} imports {other}"
+            assert other in known, where
+            assert rank(other) <= rank(module), where
+            # Packages of the same rank know nothing of each other.
+            same = other.split(".")[0] == module.split(".")[0]
+            assert same or rank(other) < rank(module) or rank(module) <= 1, where
 
 
-def test_every_module_has_a_layer():
-    assert len(_MODULES) > 1
-    assert set(_MODULES) <= {"__init__", *_LAYERS}
+def test_imports_are_not_circular():
+    assert max(depths().values()) > 0
 
 
-@pytest.mark.parametrize("module", [m for m in _MODULES if m in _LAYERS])
-def test_a_module_imports_from_lower_layers_only(module):
-    lower = _LAYERS[: _LAYERS.index(module)]
-    for level, name in _imports(_PACKAGE / f"{module}.py"):
-        assert level <= 1
-        if level == 1:
-            assert name.split(".")[0] in lower
-        # Its own package goes by relative imports, so that nothing escapes this test.
-        assert level > 0 or name.split(".")[0] != "diffrax_deer"
+def test_leaves_import_only_other_leaves():
+    for module in LEAVES:
+        assert dependencies(module) <= LEAVES
+
+
+def test_package_imports_itself_by_relative_names_only():
+    for path in modules().values():
+        names = [name for level, name in imports(path) if level == 0]
+        assert not [name for name in names if name.split(".")[0] == "diffrax_deer"]
+
+
+def test_only_the_defaults_ask_for_platform_or_batch():
+    for name, path in modules().items():
+        text = path.read_text()
+        asks = "default_backend" in text or "custom_vmap" in text
+        assert not asks or name == "_defaults"
 
 
 def test_private_parts_of_jax_are_left_alone():
@@ -92,11 +52,11 @@ def test_private_parts_of_jax_are_left_alone():
     folders = [_ROOT / name for name in ("diffrax_deer", "experiments", "tests")]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     files += (_ROOT / "notebooks").rglob("*.ipynb")
-    assert len(files) > len(_MODULES)
+    assert len(files) > len(modules())
     for path in files:
         assert forbidden not in path.read_text(), path
         if path.suffix == ".py":
-            names = [name for level, name in _imports(path) if level == 0]
+            names = [name for level, name in imports(path) if level == 0]
             assert not [name for name in names if name.startswith(forbidden)], path
 
 
@@ -117,9 +77,9 @@ def _public() -> list[str]:
     return [n for n in names if not inspect.ismodule(getattr(diffrax_deer, n))]
 
 
-@pytest.mark.parametrize("name", _public())
-def test_every_public_name_is_documented(name):
-    # Not `inspect.getdoc`, which would take the docstring of a parent class.
-    public = getattr(diffrax_deer, name)
-    own = vars(public).get("__doc__") if inspect.isclass(public) else public.__doc__
-    assert (own or "").strip()
+def test_every_public_name_is_documented():
+    for name in _public():
+        # Not `inspect.getdoc`, which would take the docstring of a parent class.
+        public = getattr(diffrax_deer, name)
+        own = vars(public).get("__doc__") if inspect.isclass(public) else public.__doc__
+        assert (own or "").strip(), name

@@ -1,25 +1,27 @@
 """Recurrences known by their products, against a loop over the matrices."""
 
 import functools as ft
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer._affine_scan import AbstractScan
-from diffrax_deer._causal import shift
-from diffrax_deer._matrix_free import matrix_free_recurrence, reverse, sweeps
-
-from .helpers import relative_error, scans
-
-each_scan = pytest.mark.parametrize(
-    "scan",
-    [scans["sequential"], scans["associative"]],
-    ids=["sequential", "associative"],
+from diffrax_deer import (
+    AssociativeScan,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    SequentialScan,
 )
+from diffrax_deer._matrix_free import matrix_free_recurrence, reverse, sweeps
+from diffrax_deer._prefix import shift
+
+from .helpers import UnguardedScan, relative_error
 
 _STEPS, _STATE = 40, 4
+_RTOL = {jnp.float64: 2e-12, jnp.float32: 6e-6}
 
 
 def _problem(dtype=jnp.float64, size=1.0):
@@ -30,24 +32,31 @@ def _problem(dtype=jnp.float64, size=1.0):
     return jnp.asarray(j, dtype), jnp.asarray(b, dtype)
 
 
-def _approximations(j) -> dict[str, jax.Array]:
+def _diagonal(j) -> Diagonal:
+    return Diagonal(jnp.diagonal(j, axis1=1, axis2=2))
+
+
+def _approximations(j) -> dict[str, Any]:
     """Transitions good and bad."""
-    diagonal = jnp.diagonal(j, axis1=1, axis2=2)
+    diagonal = _diagonal(j).entries
     blocks = [j[:, :2, :2], j[:, 2:, 2:]]
     return {
-        "exact": j,
-        "blocks": jnp.stack(blocks, axis=1),
-        "diagonal": diagonal,
-        "identity": jnp.ones_like(diagonal),
-        "nothing": jnp.zeros_like(diagonal),
-        "exploding": -1e3 * jnp.ones_like(diagonal),
-        "overflowing": 1e30 * j,
-        "nonfinite": diagonal.at[3].set(jnp.nan).at[7, 1].set(jnp.inf),
+        "exact": Dense(j),
+        "blocks": BlockDiagonal(jnp.stack(blocks, axis=1)),
+        "nothing": Diagonal(jnp.zeros_like(diagonal)),
+        "exploding": Diagonal(-1e3 * jnp.ones_like(diagonal)),
+        "overflowing": Dense(1e30 * j),
+        "not finite": Diagonal(diagonal.at[3].set(jnp.nan).at[7, 1].set(jnp.inf)),
     }
 
 
 def _multiply(j, v):
     return jnp.einsum("nij,nj->ni", j, v, precision="highest")
+
+
+def _shifted(j):
+    """What takes all states to all products with those before them."""
+    return lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
 
 
 def _loop(j, b) -> np.ndarray:
@@ -60,6 +69,12 @@ def _loop(j, b) -> np.ndarray:
     return np.stack(out)
 
 
+def _transposed_loop(j, c) -> np.ndarray:
+    """That of the transposed system: the first matrix has nothing to act on."""
+    following = np.concatenate([j[1:], np.zeros_like(j[:1])])
+    return _loop(np.swapaxes(following, 1, 2)[::-1], c[::-1])[::-1]
+
+
 def _per_step(got, expected) -> float:
     """The largest error of any step, relative to that step."""
     expected = np.asarray(expected, np.float64)
@@ -67,16 +82,20 @@ def _per_step(got, expected) -> float:
     return float(np.max(errors / np.max(np.abs(expected), axis=1)))
 
 
-@each_scan
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(jnp.float64, 1e-10), (jnp.float32, 1e-4)]
+    ("scan", "dtype", "tolerance"),
+    [
+        (SequentialScan(), jnp.float32, 1e-4),
+        (AssociativeScan(), jnp.float64, 1e-10),
+    ],
+    ids=["sequential-float32", "associative-float64"],
 )
-def test_the_solution_does_not_depend_on_the_transitions(scan, dtype, tolerance):
+def test_solution_does_not_depend_on_the_transitions(scan, dtype, tolerance):
     @jax.jit
     def compute(j, b):
-        product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
         approximations = _approximations(j)
-        return {k: sweeps(product, a, b, scan) for k, a in approximations.items()}
+        solve = ft.partial(sweeps, _shifted(j), b=b, scan=scan, rtol=_RTOL[dtype])
+        return {k: solve(a) for k, a in approximations.items()}
 
     # The solution decays, stays, and grows by 2**40 at least.
     for size in (0.1, 1.0, 4.0):
@@ -89,27 +108,34 @@ def test_the_solution_does_not_depend_on_the_transitions(scan, dtype, tolerance)
             assert num_sweeps <= 3 or name != "exact"
 
 
-class _Unguarded(AbstractScan):
-    """All products of transitions, whether there is anything to multiply or not."""
+def test_residual_and_last_update_are_below_the_tolerance_that_was_asked_for():
+    j, b = _problem()
 
-    def __call__(self, a, b, *, reverse=False):
-        compose = lambda left, right: (
-            right[0] * left[0],
-            right[0] * left[1] + right[1],
-        )
-        return jax.lax.associative_scan(compose, (a, b), reverse=reverse)[1]
+    @ft.partial(jax.jit, static_argnums=0)
+    def compute(rtol):
+        transitions = Dense(0.9 * j)
+        v, num_sweeps = sweeps(_shifted(j), transitions, b, SequentialScan(), rtol)
+        residual = jnp.max(jnp.abs(_shifted(j)(v) + b - v), axis=1)
+        scale = jnp.maximum(jnp.max(jnp.abs(v), axis=1), jnp.max(jnp.abs(b), axis=1))
+        return v, num_sweeps, jnp.max(residual / scale)
+
+    expected, counts = _loop(j, b), []
+    for rtol in (1e-2, 1e-5, 1e-11):
+        v, num_sweeps, residual = compute(rtol)
+        counts.append(int(num_sweeps))
+        assert residual < rtol
+        assert _per_step(v, expected) < 100 * rtol
+    assert counts == sorted(set(counts))
 
 
 def test_products_that_overflow_do_not_reach_final_steps():
     j, b = _problem()
-    product = lambda v: _multiply(j, shift(jnp.zeros_like(v[0]), v))
-    transitions = jnp.full_like(b, -1e100)
-    v, _ = jax.jit(lambda: sweeps(product, transitions, b, _Unguarded()))()
-    assert _per_step(v, _loop(j, b)) < 1e-10
+    transitions = Diagonal(jnp.full_like(b, -1e100))
+    run = lambda: sweeps(_shifted(j), transitions, b, UnguardedScan(), 2e-12)
+    assert _per_step(jax.jit(run)()[0], _loop(j, b)) < 1e-10
 
 
-@each_scan
-def test_derivatives_are_those_of_the_loop(scan):
+def test_derivatives_are_those_of_the_loop():
     j, b = _problem()
     rng = np.random.default_rng(1)
     j_dot, b_dot, weight = (jnp.asarray(rng.normal(size=x.shape)) for x in (j, b, b))
@@ -123,10 +149,8 @@ def test_derivatives_are_those_of_the_loop(scan):
 
     def own(j, b):
         # Transitions that follow j, but not in its derivative.
-        transitions = jnp.diagonal(jax.lax.stop_gradient(j), axis1=1, axis2=2)
-        return matrix_free_recurrence(
-            ft.partial(_multiply, j), transitions, b, scan=scan
-        )
+        transitions = _diagonal(jax.lax.stop_gradient(j))
+        return matrix_free_recurrence(ft.partial(_multiply, j), transitions, b)
 
     def derivatives(solve):
         loss = lambda *args: jnp.sum(weight * jnp.sin(solve(*args)))
@@ -146,36 +170,29 @@ def test_derivatives_are_those_of_the_loop(scan):
     assert relative_error(derivatives(own), derivatives(plain)) < 1e-9
 
 
-def test_recurrences_of_a_batch_are_solved_one_by_one():
+def test_batch_and_transposed_system_are_solved_one_by_one():
     j, b = _problem()
     factors = jnp.array([0.1, 1.0, 4.0])
 
     @jax.jit
     @jax.vmap
     def compute(factor):
-        product = ft.partial(_multiply, factor * j)
-        transitions = factor * jnp.diagonal(j, axis1=1, axis2=2)
-        scan = scans["sequential"]
-        solve = lambda b: matrix_free_recurrence(product, transitions, b, scan=scan)
+        product, transitions = ft.partial(_multiply, factor * j), _diagonal(factor * j)
+        solve = lambda b: matrix_free_recurrence(product, transitions, b)
         return solve(b), jax.linear_transpose(solve, b)(b)[0]
 
     values, transposed = compute(factors)
     for factor, value, back in zip(factors, values, transposed, strict=True):
-        assert _per_step(value, _loop(factor * j, b)) < 1e-10
-        # The transpose runs backwards, and the first matrix has nothing to act on.
-        following = np.concatenate([factor * j[1:], np.zeros_like(j[:1])])
-        reverse = np.swapaxes(following, 1, 2)[::-1]
-        assert _per_step(back[::-1], _loop(reverse, b[::-1])) < 1e-10
+        scaled = np.asarray(factor * j)
+        assert _per_step(value, _loop(scaled, b)) < 1e-10
+        assert _per_step(back, _transposed_loop(scaled, b)) < 1e-10
 
 
-def test_what_overflows_is_not_finite_and_ends():
-    # As it would be by a loop; the steps before it are right.
+def test_solution_that_overflows_is_not_finite_from_there_on_and_ends():
     j, b = _problem()
-    product = lambda v: _multiply(1e25 * j, shift(jnp.zeros_like(v[0]), v))
-    transitions = jnp.zeros_like(b)
-    v, num_sweeps = jax.jit(
-        lambda: sweeps(product, transitions, b, scans["sequential"])
-    )()
+    transitions = Diagonal(jnp.zeros_like(b))
+    run = lambda: sweeps(_shifted(1e25 * j), transitions, b, SequentialScan(), 2e-12)
+    v, num_sweeps = jax.jit(run)()
     expected = _loop(1e25 * j[:13], b[:13])
     assert np.all(np.isfinite(expected))
     assert _per_step(v[:12], expected[:12]) < 1e-10
@@ -183,27 +200,15 @@ def test_what_overflows_is_not_finite_and_ends():
     assert num_sweeps < 20
 
 
-def test_nothing_to_solve_for_takes_one_sweep():
+def test_inhomogeneity_of_zero_takes_one_sweep():
     j, b = _problem(size=1e3)
-    v, num_sweeps = sweeps(
-        lambda v: _multiply(j, v), 1e3 * b, 0 * b, scans["associative"]
-    )
+    transitions = Diagonal(1e3 * b)
+    v, num_sweeps = sweeps(_shifted(j), transitions, 0 * b, AssociativeScan(), 2e-12)
     np.testing.assert_array_equal(v, 0 * b)
     assert num_sweeps == 1
 
 
-def _oscillator(num_steps):
-    """Rotations by a small angle, a step in time each, for which the identity is good.
-
-    Many of them: errors add up.
-    """
-    turn = 6 / num_steps * np.array([[0.0, 1.0], [-1.0, 0.0]])
-    j = jnp.broadcast_to(jnp.eye(2) + jnp.asarray(turn), (num_steps, 2, 2))
-    b = jnp.zeros((num_steps, 2)).at[0].set(1.0)
-    return j, b, lambda v: _multiply(j, shift(jnp.zeros(2), v))
-
-
-def test_what_is_returned_has_been_measured():
+def test_result_has_been_measured():
     # Second sweep: all but the last step are final, since they hardly change. But the
     # changes of steps 1 and 6, unforeseen by the transitions, move steps 2 and 7 by a
     # thousand times as much; once they have followed, so do steps 3 and 4, and 8.
@@ -214,37 +219,40 @@ def test_what_is_returned_has_been_measured():
     j, a = (jnp.stack([jnp.array(x), jnp.zeros(10)], axis=1) for x in (j, a))
     b = jnp.stack([jnp.array(b), jnp.ones(10)], axis=1)
     product = lambda v: j * shift(jnp.zeros(2), v)
-    v, num_sweeps = sweeps(product, a, b, scans["sequential"])
+    rtol = float(jnp.finfo(b.dtype).eps) ** 0.75
+    v, num_sweeps = sweeps(product, Diagonal(a), b, SequentialScan(), rtol)
     assert np.max(np.abs(product(v) + b - v)) < 3e-12
     assert abs(v[7, 0] - 1e-9) < 1e-11
     assert num_sweeps <= 2 * 10 + 2
 
 
 def test_good_transitions_need_few_sweeps():
-    j, b, product = _oscillator(4000)
+    # Rotations by a small angle, for which the identity is good. Many of them: errors
+    # add up.
+    turn = 6 / 4000 * np.array([[0.0, 1.0], [-1.0, 0.0]])
+    j = jnp.broadcast_to(jnp.eye(2) + jnp.asarray(turn), (4000, 2, 2))
+    b = jnp.zeros((4000, 2)).at[0].set(1.0)
     identity, expected = jnp.ones_like(b), _loop(j, b)
     # No others have to wait for a step that cannot be used; those that overflow hold
     # up the sweeps until they are final, and then it is over.
     unusable = identity.at[2000].set(jnp.nan)
     overflowing = identity.at[50:52].set(1e200)
-
-    @jax.jit
-    def compute(transitions):
-        return sweeps(product, transitions, b, scans["sequential"])
-
-    assert compute(j)[1] <= 3
+    run = jax.jit(lambda a: sweeps(_shifted(j), a, b, SequentialScan(), 2e-12))
+    assert run(Dense(j))[1] <= 3
     for transitions, most in ((identity, 40), (unusable, 45), (overflowing, 60)):
-        v, num_sweeps = compute(transitions)
+        v, num_sweeps = run(Diagonal(transitions))
         assert _per_step(v, expected) < 1e-11
         assert 3 < num_sweeps < most
 
 
-def test_the_transposed_system_needs_as_few_sweeps():
-    j, b, _ = _oscillator(400)
-    j = j * jnp.linspace(0.5, 1.5, 400)[:, None, None]
-    product = lambda v: _multiply(j, shift(jnp.zeros(2), v))
-    v, num_sweeps = sweeps(*reverse(product, j, b[::-1]), scans["sequential"])
-    following = np.concatenate([j[1:], np.zeros_like(j[:1])])
-    expected = _loop(np.swapaxes(following, 1, 2)[::-1], b)
-    assert _per_step(v, expected) < 1e-10
+def test_transposed_system_needs_as_few_sweeps():
+    j, c = _problem(size=0.5)
+
+    @jax.jit
+    def compute():
+        system = reverse(_shifted(j), Dense(j), c)
+        return sweeps(*system, SequentialScan(), 2e-12)
+
+    v, num_sweeps = compute()
+    assert _per_step(v[::-1], _transposed_loop(np.asarray(j), np.asarray(c))) < 1e-10
     assert num_sweeps <= 3

@@ -1,92 +1,125 @@
 """What stands in for a guess: close to the solution if it can be, finite always."""
 
-import diffrax
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import CoarsePredictor, ConstantPredictor
-from diffrax_deer._linearization import StepMap
-from diffrax_deer._step_map import SolverStep, ravel
+from diffrax_deer import CoarsePredictor, ConstantPredictor, StepMap
 
-from .helpers import intervals, problems, relative_error, sequential
-
-
-def _step_map(name: str, num_steps: int, dtype=jnp.float64):
-    problem = problems[name].cast(dtype)
-    inner = SolverStep(
-        diffrax.Dopri5(scan_kind="bounded"),
-        diffrax.ODETerm(problem.field),
-        problem.args,
-        ravel(problem.y0)[1],
-    )
-    times = jnp.linspace(problem.t0, problem.t1, num_steps + 1, dtype=dtype)
-    return (
-        StepMap(inner.step, leap=inner.leap, between=inner.between),
-        problem.y0,
-        intervals(times),
-    )
+from .helpers import (
+    discretize,
+    newton,
+    problems,
+    relative_error,
+    sequential,
+    solved,
+    with_coarse_steps,
+)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-# One leap alone, several, and one that the last step has to complete.
-@pytest.mark.parametrize(("num_steps", "stride"), [(64, 4), (65, 4), (64, 100)])
-def test_large_steps_end_close_to_the_solution(num_steps, stride, dtype):
-    step_map, y0, xs = _step_map("mlp", num_steps, dtype)
+def _discretize(num_steps: int, dtype=jnp.float64, name="mlp"):
+    step_map, y0, xs = discretize(problems[name].cast(dtype), num_steps)
+    return with_coarse_steps(step_map), y0, xs
+
+
+# Several coarse steps, one that the last step has to complete, and one alone.
+@pytest.mark.parametrize(
+    ("num_steps", "stride", "dtype"),
+    [(64, 4, jnp.float64), (65, 4, jnp.float32), (64, 100, jnp.float64)],
+)
+def test_coarse_prediction_is_close_to_the_solution(num_steps, stride, dtype):
+    step_map, y0, xs = _discretize(num_steps, dtype)
     unknown = jnp.full((num_steps, y0.size), jnp.nan, dtype)
-    predict = jax.jit(
-        lambda y0, k: CoarsePredictor(stride)(step_map, y0, xs, unknown, k)
-    )
-    predicted = predict(y0, jnp.array(0))
-    expected = sequential(step_map, y0, xs)
+
+    @jax.jit
+    def compute(y0):
+        predictor, none = CoarsePredictor(stride), jnp.array(0)
+        predicted = predictor(step_map, y0, xs, unknown, none)
+        return predicted, sequential(step_map, y0, xs)
+
+    predicted, expected = compute(y0)
     assert predicted.dtype == dtype
-    # Held constant, as it is where leaps fail, it is far away.
+    # Held constant, as it is where coarse steps fail, it is far away.
     assert relative_error(jnp.broadcast_to(y0, expected.shape), expected) > 0.1
     assert relative_error(predicted, expected) < (1e-4 if stride == 4 else 1e-2)
+    # Nor is it the solution itself.
+    assert dtype == jnp.float32 or relative_error(predicted, expected) > 1e-9
 
 
 @pytest.mark.parametrize("predictor", [CoarsePredictor(4), ConstantPredictor()])
-@pytest.mark.parametrize("num_known", [0, 1, 6, 8, 20])
-def test_what_is_known_is_kept_and_goes_on_from_there(predictor, num_known):
-    step_map, y0, xs = _step_map("mlp", 20)
-    exact = sequential(step_map, y0, xs)
-    ys = exact.at[num_known:].set(jnp.nan)
-    got = predictor(step_map, y0, xs, ys, jnp.array(num_known))
-    np.testing.assert_array_equal(got[:num_known], exact[:num_known])
-    assert jnp.all(jnp.isfinite(got))
-    if isinstance(predictor, CoarsePredictor):
-        assert relative_error(got, exact) < 1e-4
-    else:
-        last = y0 if num_known == 0 else exact[num_known - 1]
-        np.testing.assert_array_equal(
-            got[num_known:], jnp.broadcast_to(last, (20 - num_known, 4))
-        )
+def test_known_states_are_kept_and_the_prediction_goes_on_from_there(predictor):
+    step_map, y0, xs = _discretize(20)
+
+    @jax.jit
+    @jax.vmap
+    def compute(num_known):
+        exact = sequential(step_map, y0, xs)
+        ys = jnp.where(jnp.arange(20)[:, None] < num_known, exact, jnp.nan)
+        return predictor(step_map, y0, xs, ys, num_known), exact
+
+    all_known = np.array([0, 1, 6, 8, 20])
+    for num_known, got, exact in zip(all_known, *compute(all_known), strict=True):
+        np.testing.assert_array_equal(got[:num_known], exact[:num_known])
+        if isinstance(predictor, CoarsePredictor):
+            assert relative_error(got, exact) < 1e-4
+        else:
+            last = y0 if num_known == 0 else exact[num_known - 1]
+            rest = jnp.broadcast_to(last, (20 - num_known, 4))
+            np.testing.assert_array_equal(got[num_known:], rest)
 
 
-def test_a_step_that_says_itself_that_it_is_useless_is_not_used():
-    # Thirty times the limit of stability: the error estimate is far above the state.
-    inner = SolverStep(
-        diffrax.Dopri5(scan_kind="bounded"),
-        diffrax.ODETerm(lambda t, y, args: -100 * y),
-        None,
-        ravel(jnp.ones(1))[1],
+def test_coarse_step_that_is_of_no_use_is_replaced_by_the_last_state():
+    # As a solver's step says so whose error estimate is too large.
+    step_map, y0, xs = _discretize(12)
+    good = step_map.coarse_step
+    assert good is not None
+
+    def coarse_step(first, last, y):
+        return jnp.where(first[0] > 0.4, jnp.nan, good(first, last, y))
+
+    def coarse_interpolate(first, last, x, y):
+        del last
+        return jnp.where(first[0] > 0.4, jnp.nan, step_map.step((first[0], x[1]), y))
+
+    step_map = dataclasses.replace(
+        step_map, coarse_step=coarse_step, coarse_interpolate=coarse_interpolate
     )
-    xs = intervals(jnp.linspace(0.0, 10.0, 11))
-    step_map = StepMap(inner.step, leap=inner.leap, between=inner.between)
-    ys = jnp.full((10, 1), jnp.nan)
-    got = CoarsePredictor(5)(step_map, jnp.ones(1), xs, ys, jnp.array(0))
-    np.testing.assert_array_equal(got, np.ones((10, 1)))
+    unknown = jnp.full((12, 4), jnp.nan)
+    got = CoarsePredictor(4)(step_map, y0, xs, unknown, jnp.array(0))
+    # The third coarse step begins at 2 / 3, where the second, from 1 / 3, has ended.
+    assert relative_error(got[:8], sequential(step_map, y0, xs)[:8]) < 1e-4
+    np.testing.assert_array_equal(got[8:], jnp.broadcast_to(got[7], (4, 4)))
 
 
-def test_a_recurrence_has_no_longer_steps():
+def test_recurrence_without_coarse_steps_is_predicted_to_be_constant():
     step_map, y0 = StepMap(lambda x, y: y + x), jnp.array([2.0])
     ys = jnp.full((5, 1), jnp.inf)
     got = CoarsePredictor()(step_map, y0, jnp.ones((5, 1)), ys, jnp.array(0))
     np.testing.assert_array_equal(got, np.full((5, 1), 2.0))
 
 
-@pytest.mark.parametrize(("stride", "error"), [(0, ValueError), (2.0, TypeError)])
-def test_a_wrong_stride_is_an_error(stride, error):
-    with pytest.raises(error, match="`stride` must be"):
-        CoarsePredictor(stride)
+def test_coarse_prediction_saves_iterations_and_changes_no_answer():
+    step_map, y0, xs = _discretize(60, name="fitzhugh_nagumo")
+
+    no_guess = jnp.full((60, 2), jnp.nan)
+
+    @jax.jit
+    def compute(y0, guess):
+        run = lambda p: solved(
+            step_map, y0, xs, guess=guess, method=newton(predictor=p)
+        )
+        return run(ConstantPredictor()), run(CoarsePredictor())
+
+    (constant, slow), (coarse, fast) = compute(y0, no_guess)
+    assert relative_error(coarse, constant) < 1e-9
+    assert fast.num_iterations < slow.num_iterations
+
+
+def test_stride_of_the_wrong_type_or_range_is_an_error():
+    with pytest.raises(ValueError, match="`stride` must be"):
+        CoarsePredictor(0)
+    with pytest.raises(TypeError, match="`stride` must be"):
+        CoarsePredictor(2.0)  # pyright: ignore

@@ -29,7 +29,7 @@ def test_links_lead_somewhere(path):
             assert section in [slug.replace(" ", "-") for slug in slugs], link
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]):
+def test_example_runs(capsys: pytest.CaptureFixture[str]):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert examples
     namespace: dict[str, object] = {}

@@ -16,23 +16,12 @@ import numpy as np
 import pytest
 
 from experiments import rnn_accuracy, rnn_classifier, rnn_speed
-from experiments.common.affordable import (
-    Prepared,
-    expected_seconds,
-    prepare,
-    too_large,
-    too_slow,
-)
+from experiments.common.affordable import Prepared, prepare, too_large, too_slow
 from experiments.common.eigenworms import EigenWorms, load as load_eigenworms, read_ts
 from experiments.common.errors import ExperimentError
-from experiments.common.recurrent import (
-    METHODS,
-    MethodName,
-    make_layer,
-    run_cell,
-    scaled,
-)
+from experiments.common.recurrent import make_layer, run_cell, scaled
 from experiments.common.sequences import load, make_worms
+from experiments.common.solvers import RECURRENT as METHODS, RecurrentName
 
 from .experiment_runs import check_resumption
 
@@ -111,7 +100,7 @@ def _fake_measure(place, cells, config):
     methods["deer"] |= {"num_iterations": 0, "value_difference": 1e-7}
     methods["deer_sequential"] = methods["deer"]
     methods["deer_newton"] = too_slow(float(1 + len(cells)))
-    return dataclasses.asdict(place) | {"methods": methods}
+    return place | {"methods": methods}
 
 
 def test_interrupted_measurement_goes_on(tmp_path, monkeypatch, capsys):
@@ -137,8 +126,8 @@ def test_interrupted_measurement_goes_on(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(ExperimentError, match=r"unfinished.*--resume.*--out"):
         rnn_speed.main(config)
-    other = dataclasses.replace(config, most_seconds=1.0, resume=True)
-    with pytest.raises(ExperimentError, match="most_seconds"):
+    other = dataclasses.replace(config, max_seconds=1.0, resume=True)
+    with pytest.raises(ExperimentError, match="max_seconds"):
         rnn_speed.main(other)
 
     monkeypatch.setattr(rnn_speed, "measure", _fake_measure)
@@ -174,37 +163,6 @@ def test_table_and_picture_of_what_was_left_out(tmp_path, monkeypatch):
     assert _is_png(tmp_path / "b.png")
 
 
-def test_newton_is_left_out_where_it_takes_too_long():
-    config = rnn_speed.Config(most_seconds=5.0, most_gigabytes=1.0)
-    place = rnn_speed.Place("forward", 1, 8, 1000)
-    newton = {"seconds": [1.0, 2.0, 3.0]}
-    cells = [
-        dataclasses.asdict(place) | {"methods": {"deer_newton": newton}},
-        # Of another size, hence of no use.
-        dataclasses.asdict(place)
-        | {"dim": 1, "num_steps": 1100, "methods": {"deer_newton": {"seconds": [0.0]}}},
-    ]
-    skip = lambda method, **changes: rnn_speed._reason_to_skip(
-        method, dataclasses.replace(place, **changes), cells, config
-    )
-    assert skip("deer_newton") is None
-    assert skip("deer_newton", num_steps=2000) is None
-    found = skip("deer_newton", num_steps=3000)
-    assert found is not None
-    assert found["skipped"]["why"] == "time"
-    assert found["skipped"]["expected_seconds"] == pytest.approx(6.0)
-    assert skip("deer", num_steps=3000) is None
-    # What was left out says what to expect of longer ones.
-    assert expected_seconds(found, 2.0) == pytest.approx(12.0)
-    assert expected_seconds(too_large("1 GB"), 2.0) is None
-
-    large = {"dim": 16, "batch_size": 16, "num_steps": 100_000}
-    assert skip("deer_newton", **large) is None
-    found = skip("deer_newton", mode="gradient", **large)
-    assert found is not None
-    assert found["skipped"] == {"why": "memory", "detail": "5 GB expected"}
-
-
 def test_what_does_not_fit_into_the_memory():
     function = jax.jit(lambda x: x + jnp.ones(1000, x.dtype))
     x = jnp.float32(1.0)
@@ -215,15 +173,14 @@ def test_what_does_not_fit_into_the_memory():
     assert isinstance(too_much, dict)
     assert too_much["skipped"]["why"] == "memory"
 
-    def refuse(message):
-        def function(x):
-            raise ValueError(message)
-
-        return prepare(jax.jit(function), (x,), 1.0)
-
-    assert refuse("entries, too many to hold.") == too_large("too many Jacobians")
-    with pytest.raises(ValueError, match="else"):
-        refuse("something else")
+    config = rnn_speed.Config(max_gigabytes=1.0)
+    cell = {"mode": "gradient", "dim": 16, "batch_size": 16, "num_steps": 100_000}
+    skip = lambda name, mode: rnn_speed._too_many_jacobians(
+        name, cell | {"mode": mode}, config
+    )
+    assert skip("deer_newton", "forward") is None
+    assert skip("scan", "gradient") is None
+    assert skip("deer_newton", "gradient") == too_large("5 GB expected")
 
 
 @pytest.mark.parametrize(
@@ -233,8 +190,8 @@ def test_what_does_not_fit_into_the_memory():
         ({"lengths": (0, 10)}, "--lengths needs at least one number, from 1 on"),
         ({"batch_sizes": (1, 1)}, "--batch-sizes .* none twice"),
         ({"repeats": 0}, "--repeats is 0. Choose at least 1"),
-        ({"most_seconds": -1.0}, "--most-seconds is -1.0. Choose a positive"),
-        ({"most_gigabytes": math.nan}, "--most-gigabytes is nan. Choose a positive"),
+        ({"max_seconds": -1.0}, "--max-seconds is -1.0. Choose a positive"),
+        ({"max_gigabytes": math.nan}, "--max-gigabytes is nan. Choose a positive"),
     ],
 )
 def test_bad_arguments_of_speed(tmp_path, changes, message):
@@ -247,6 +204,7 @@ def test_bad_arguments_of_speed(tmp_path, changes, message):
 # Accuracy
 
 
+@pytest.mark.slow
 def test_accuracy_smoke(tmp_path, capsys):
     out = tmp_path / "accuracy.json"
     rnn_accuracy.main(rnn_accuracy.Config(smoke=True, out=out))
@@ -450,7 +408,7 @@ def test_classifier_smoke(tmp_path, data_dir, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_layers_of_classifier_count_iterations(method: MethodName):
+def test_layers_of_classifier_count_iterations(method: RecurrentName):
     config = rnn_classifier.Config(hidden_size=2, num_layers=2)
     model = rnn_classifier.RNNClassifier(3, 4, config, jr.key(0))
     xs = jr.normal(jr.key(1), (10, 3))
@@ -462,12 +420,12 @@ def test_layers_of_classifier_count_iterations(method: MethodName):
         assert (count > 0) == (method == "deer_newton")
 
 
-@pytest.mark.slow
+# The shortest of all trainings; those of other experiments are marked slow.
 def test_killed_and_resumed_training_equals_an_uninterrupted_one(tmp_path, data_dir):
     arguments = (
         *("--steps", "200", "--evaluations", "20", "--batch-size", "4"),
         *("--hidden-size", "2", "--num-layers", "1", "--length", "8"),
-        *("--method", "scan", "deer", "--data-dir", data_dir),
+        *("--method", "scan", "--data-dir", data_dir),
     )
     check_resumption("rnn_classifier", tmp_path, *arguments)
 
@@ -478,11 +436,11 @@ def test_killed_and_resumed_training_equals_an_uninterrupted_one(tmp_path, data_
         ({"steps": 0}, r"--steps is 0\. Choose at least 1"),
         ({"hidden_size": 0}, r"--hidden-size is 0\. Choose at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0. Choose a positive"),
-        ({"method": ()}, "--method needs at least one method"),
+        ({"method": ()}, "--method needs at least one value"),
         ({"method": ("scan", "scan")}, "none of them twice"),
         ({"length": 65}, "--length is 65"),
         ({"length": 0}, "--length is 0"),
-        ({"batch_size": 1438}, "1437 training sequences. Choose at most"),
+        ({"batch_size": 1438}, "1437 training examples. Choose at most"),
     ],
 )
 def test_bad_arguments_of_classifier(tmp_path, data_dir, changes, message):

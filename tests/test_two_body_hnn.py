@@ -121,7 +121,7 @@ def test_vector_field_is_that_of_the_energy():
     np.testing.assert_allclose(model(0.0, y, None), expected, atol=1e-9)
     assert jnp.max(jnp.abs(expected)) > 0.01
 
-    options = _SMALL.solve_options("tsit5", 20)
+    options = _SMALL.options_for("tsit5", 20)
     ys = solve(model, y, jnp.linspace(0.5, 10, 20), **options).ys
     assert jnp.max(jnp.abs(ys - y)) > 0.1
     energies = jax.vmap(model.energy)(ys)
@@ -136,7 +136,7 @@ def test_orbits_turn_with_gravity():
     field: Any = two_body.gravity
     names: tuple[SolverName, ...] = ("deer_newton", "dopri5", "tsit5")
     for name in names:
-        options = _SMALL.solve_options(name, 20)
+        options = _SMALL.options_for(name, 20)
         ys = solve(field, jnp.asarray(y0[0]), jnp.asarray(ts), **options).ys
         tolerance = 1e-5 if name == "deer_newton" else 1e-8
         np.testing.assert_allclose(ys, two_body.integrate(y0, ts)[0], atol=tolerance)
@@ -147,13 +147,13 @@ def test_orbits_turn_with_gravity():
 
 def _loss_fn(name: SolverName) -> Any:
     ts = jnp.linspace(0, 10, 21)[1:]
-    return make_loss(functools.partial(_SMALL.solve_options, name), ts)
+    return make_loss(functools.partial(_SMALL.options_for, name), ts)
 
 
 def _problem(num_times: int = 20) -> tuple[Any, Any, Any]:
     """A memory of four samples that knows nothing, and a batch of two of them."""
     y0 = jnp.asarray(two_body.initial_states(4, np.random.default_rng(0)))
-    solver = _SMALL.solve_options("deer_newton", 20)["solver"]
+    solver = _SMALL.options_for("deer_newton", 20)["solver"]
     memory = warm_start.cold(solver, diffrax.ODETerm(_model()), 10.0, y0)
     indices = jnp.array([2, 0])
     return memory, y0, (indices, y0[indices], jnp.zeros((2, num_times, 8)))
@@ -215,7 +215,6 @@ def test_trajectories_are_kept_while_the_horizon_grows():
     np.testing.assert_allclose(longer, expected, rtol=1e-10)
     np.testing.assert_allclose(memory.ts[0], np.linspace(0, 10, 81))
     np.testing.assert_allclose(memory.ys, known.ys, atol=1e-9)
-    assert (memory.residual < 1e-10).all()
     _, memory = loss(_model(1), memory, batch, jr.key(0))
     assert jnp.isfinite(memory.ys).all()
 
@@ -225,7 +224,7 @@ def test_horizon_grows_in_stages():
     lengths = [config.num_times_at(step) for step in range(10)]
     assert lengths == [10, 10, 10, 20, 20, 30, 30, 30, 40, 40]
     assert [
-        config.solve_options("deer_newton", length)["solver"].num_steps
+        config.options_for("deer_newton", length)["solver"].num_steps
         for length in (10, 20, 40)
     ] == [12, 24, 48]
 
@@ -239,7 +238,7 @@ def test_horizon_grows_in_stages():
         ({"steps": 0}, r"--steps is 0\. Choose at least 1"),
         ({"stages": 0}, "--stages is 0. Choose at least 1"),
         ({"num_test": 0}, "--num-test is 0. Choose at least 1"),
-        ({"batch_size": 9, "num_train": 8}, "only 8 trajectories. Lower it, or raise"),
+        ({"batch_size": 9, "num_train": 8}, "--num-train has 8 training examples"),
         ({"stages": 3, "num_times": 10}, "--num-times is 10, which --stages 3 does"),
         ({"stages": 3, "num_times": 9, "num_steps": 5}, "--num-steps is 5, which"),
     ],

@@ -12,7 +12,6 @@ import functools as ft
 import math
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -21,136 +20,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_window_state
-from .._custom_types import BoolScalarLike, RealScalarLike, State, States, Y
+from .._custom_types import State, States, Y
 from .._defaults import NUM_SKIPPED_GROUPS, group_size
-from .._diffrax_conventions import clip_to_end
 from .._method import Given
 from .._ode.grid_solve import solve_grid
-from .._ode.window_state import window_state
 from .._prefix import select
 from .._ravel import ravel
 from .loop_state import Ends, LoopState, Outcome, Steps, Windows, as_arrays, steps_of
-
-
-class Record(eqx.Module):
-    """What the search found out about a window, and its solution.
-
-    - `keep`: whether it was accepted.
-    - `t_prev`, `t_next`: where the next one begins and ends.
-    - `num_solved` and `ys`, `(time, state)`: as those of a `Trajectory`.
-    - `error`, `(state,)`: the largest of any step, `None` if it is not estimated.
-    """
-
-    keep: Bool[Array, ""]
-    t_prev: Float[Array, ""]
-    t_next: Float[Array, ""]
-    num_solved: Int[Array, ""]
-    ys: States
-    error: State | None
-
-
-class _Decision(eqx.Module):
-    """What a controller makes of a window: the arguments of the next one."""
-
-    keep: Bool[Array, ""]
-    t_prev: Float[Array, ""]
-    t_next: Float[Array, ""]
-    made_jump: BoolScalarLike
-    controller_state: PyTree[Any]
-    result: diffrax.RESULTS
-
-
-def _decide(
-    controller: diffrax.AbstractStepSizeController,
-    t1: RealScalarLike,
-    interval: tuple[RealScalarLike, RealScalarLike, PyTree[Any]],
-    states: tuple[Y, Y, Y | None],
-    args: Any,
-    order: Any,
-) -> _Decision:
-    """Calls `controller` as diffrax does.
-
-    `interval` are the ends of the window and the state of the controller, `states` are
-    those at its ends and the error.
-    """
-    t_prev, t_next, controller_state = interval
-    y0, y1, error = states
-    keep, t_prev, t_next, made_jump, controller_state, result = (
-        controller.adapt_step_size(
-            t_prev, t_next, y0, y1, args, error, order, controller_state
-        )
-    )
-    keep = jnp.asarray(keep)
-    t_prev = jnp.minimum(t_prev, t1)
-    t_next = clip_to_end(t_prev, jnp.asarray(t_next), t1, keep)
-    return _Decision(keep, t_prev, t_next, made_jump, controller_state, result)
-
-
-def _attempt(windows: Windows, state: LoopState) -> tuple[LoopState, Record]:
-    """One window."""
-    solver, terms, args = windows.solver, windows.terms, windows.args
-    ts = solver.grid(state.t_prev, state.t_next)
-    (flat, unravel), inner = ravel(state.y), windows.inner_step(state.y)
-    guess = solver.initial_guess(terms, ts, state.y, state.solver_state)
-    trajectory = solve_grid(inner, ts, flat, guess, solver.method, solver.gradient)
-    error, y1 = trajectory.largest_error(), unravel(trajectory.ys[-1])
-    decision = _decide(
-        windows.controller,
-        windows.t1,
-        (state.t_prev, state.t_next, state.controller_state),
-        (state.y, y1, None if error is None else unravel(error)),
-        args,
-        solver.error_order(terms),
-    )
-    keep = decision.keep
-    success = diffrax.RESULTS.successful
-    result = diffrax.RESULTS.where(keep, trajectory.result(), success)
-    result = diffrax.RESULTS.where(diffrax.is_okay(result), decision.result, result)
-    kept = lambda new, old: select(keep, new, old)
-    steps = steps_of(trajectory, jnp.broadcast_to(keep, len(ts) - 1))
-    statistics = trajectory.statistics
-    new = dataclasses.replace(
-        state.count(statistics, keep),
-        t_prev=decision.t_prev,
-        t_next=decision.t_next,
-        y=kept(y1, state.y),
-        made_jump=kept(jnp.asarray(decision.made_jump), state.made_jump),
-        solver_state=kept(window_state(trajectory), state.solver_state),
-        controller_state=decision.controller_state,
-        result=result,
-        last=kept(steps[-1:], state.last),
-    )
-    t_prev, t_next = decision.t_prev, decision.t_next
-    ys, num_solved = trajectory.ys, statistics.num_solved
-    return as_arrays((new, Record(keep, t_prev, t_next, num_solved, ys, error)))
-
-
-def _search(
-    windows: Windows, state: LoopState, meter: PyTree[Any], max_windows: int
-) -> tuple[LoopState, Record, PyTree[Any]]:
-    """Chooses all windows and records them; without derivatives."""
-    types, record = eqx.filter_eval_shape(_attempt, windows, state)
-    residual = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), types.residual)
-    state = dataclasses.replace(state, residual=residual)
-    state = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, types)
-    zeros = lambda s: jnp.zeros((max_windows, *s.shape), s.dtype)
-    records = jax.tree.map(zeros, record)
-
-    # The condition and the place to write at are those of a whole batch: where each
-    # sample has its own, every window costs a copy of all the records.
-    def running(carry):
-        index, state, *_ = carry
-        return eqxi.unvmap_any(windows.running(state)) & (index < max_windows)
-
-    def step(carry):
-        index, state, records, meter = carry
-        new, record = _attempt(windows, state)
-        state = select(windows.running(state), new, state)
-        records = jax.tree.map(lambda b, r: b.at[index].set(r), records, record)
-        return index + 1, state, records, windows.advance(meter, state.t_prev)
-
-    init = jnp.array(0, int), state, records, meter
-    return lax.while_loop(running, step, init)[1:]
+from .window_search import Record, decide, search_windows
 
 
 def adaptive_windows(
@@ -158,7 +35,7 @@ def adaptive_windows(
 ) -> tuple[Outcome, PyTree[Any]]:
     """At most `max_windows` windows; also returns the state of the progress meter."""
     check_window_state(state.solver_state, windows.solver.num_steps)
-    search = lambda state, meter: _search(windows, state, meter, max_windows)
+    search = lambda state, meter: search_windows(windows, state, meter, max_windows)
     search = eqx.filter_closure_convert(search, state, meter)
     arrays, rest = eqx.partition((search, state), eqx.is_array)
     search, start = eqx.combine(lax.stop_gradient(arrays), rest)
@@ -197,7 +74,7 @@ def _(primals, tangents, *, y, order, records):
             flat, interval = carry
             error = None if record.error is None else unravel(record.error)
             states = unravel(flat), unravel(record.ys[-1]), error
-            new = _decide(controller, t1, interval, states, None, order)
+            new = decide(controller, t1, interval, states, None, order)
             # The recorded value, with the derivative of the one computed again.
             pin = lambda new, t: lax.stop_gradient(new) + t - lax.stop_gradient(t)
             t_prev, t_next = (
@@ -326,9 +203,17 @@ def _replay(
 
     y, found = lax.scan(many, state.y, groups)
     steps, at_ends = jax.tree.map(lambda x: x[:max_windows], _merge(_merge(found)))
+    # Where nothing was made there are zeros, at which a field, or what is saved of a
+    # state, may have no derivative.
+    nothing = windows.no_step(state.y)[0]
+    if steps is not None:
+        fill = jax.vmap(jax.vmap(select, (None, 0, None)), (0, 0, None))
+        steps = fill(made, steps, nothing)
     if at_ends is not None:
         counts = state.num_accepted + jnp.cumsum(kept, dtype=state.num_accepted.dtype)
-        at_ends = Ends(starts[1:], ends[:-1], at_ends, counts, kept)
+        at_ends = jax.vmap(select, (0, 0, None))(made, at_ends, nothing.y1s)
+        ts = jnp.where(made, starts[1:], nothing.ends)
+        at_ends = Ends(ts, ends[:-1], at_ends, counts, kept)
     t_prev, t_next = starts[num_made], ends[num_made]
     done = dataclasses.replace(last, t_prev=t_prev, t_next=t_next, y=y)
     return done, _merge(steps), at_ends

@@ -5,7 +5,7 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .._defaults import MAX_RECORD_ENTRIES
 from .._diffrax_conventions import final_state, has_constant_factors, saved
@@ -56,95 +56,56 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
     windows, otherwise a few.
     """
 
-    def loop(
-        self,
-        *,
-        args,
-        terms,
-        solver,
-        stepsize_controller,
-        event,
-        saveat,
-        t0,
-        t1,
-        dt0,
-        max_steps,
-        throw,
-        init_state,
-        passed_solver_state,
-        passed_controller_state,
-        progress_meter,
-    ) -> Any:
-        """Called by `diffrax.diffeqsolve`."""
-        _check_solver(solver)
-        call = lambda function, t, y: function(
-            t,
-            y,
-            args,
-            terms=terms,
-            solver=solver,
-            t0=t0,
-            t1=t1,
-            dt0=dt0,
-            saveat=saveat,
-            stepsize_controller=stepsize_controller,
-            max_steps=max_steps,
-        )
-        subs = jax.tree.leaves(saveat.subs, is_leaf=_is_sub)
-        # The times of all subs, together.
-        all_ts = [sub.ts for sub in subs if sub.ts is not None]
-        all_ts = jnp.concatenate([jnp.asarray(t0)[None][:0], *all_ts])
-        windows = Windows(
-            solver=solver,
-            terms=terms,
-            args=args,
-            controller=stepsize_controller,
-            event=None if event is None else EventSearch(event, call),
-            progress_meter=progress_meter,
-            t0=t0,
-            t1=t1,
-            save_ts=all_ts,
-            max_steps=max_steps,
-            save_steps=saveat.dense or len(all_ts) > 0,
-            save_ends=any(sub.steps != 0 for sub in subs),
-        )
-        state, meter = (
-            _first_state(init_state, windows),
-            init_state.progress_meter_state,
-        )
-        ends = None if passed_controller_state else windows.static_ends(state.t_next)
-        if ends is not None and len(ends) > 1:
+    def loop(self, **kwargs: Any) -> Any:
+        """Called by `diffrax.diffeqsolve`, with the arguments of `AbstractAdjoint`."""
+        _check_solver(kwargs["solver"])
+        init_state, saveat = kwargs["init_state"], kwargs["saveat"]
+        windows = _windows(kwargs)
+        state = _first_state(init_state, windows)
+        meter, ends = init_state.progress_meter_state, None
+        if not kwargs["passed_controller_state"]:
+            ends = windows.static_ends(state.t_next)
+        is_static = ends is not None and len(ends) > 1
+        if ends is not None and is_static:
             outcome = static_windows(windows, state, ends)
             meter = windows.advance(meter, outcome.state.t_prev)
-        elif _can_record(windows, state):
-            outcome, meter = adaptive_windows(windows, state, meter, max_steps)
+        elif windows.max_steps is not None and _can_record(windows, state):
+            outcome, meter = adaptive_windows(windows, state, meter, windows.max_steps)
         else:
-            return self._delegate(
-                windows,
-                state,
-                args=args,
-                terms=terms,
-                solver=solver,
-                stepsize_controller=stepsize_controller,
-                event=event,
-                saveat=saveat,
-                t0=t0,
-                t1=t1,
-                dt0=dt0,
-                max_steps=max_steps,
-                throw=throw,
-                init_state=init_state,
-                passed_solver_state=passed_solver_state,
-                passed_controller_state=passed_controller_state,
-                progress_meter=progress_meter,
+            final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
+            method, gradient = windows.choices(state.y)
+            uncounted = dict.fromkeys(
+                ("num_newton_iterations", "max_newton_iterations", "residual")
             )
-        contiguous = ends is not None
-        return _finish(windows, outcome, meter, saveat, init_state, contiguous)
+            stats |= {"method": method, "gradient": gradient} | uncounted
+            return final, stats
+        return _finish(windows, outcome, meter, saveat, init_state, is_static)
 
-    def _delegate(self, windows: Windows, state: LoopState, **kwargs: Any) -> Any:
-        """Diffrax's own loop, with the choices of the solver among the statistics."""
-        final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
-        return final, stats | _stats(windows, state, None, None, None)
+
+def _windows(arguments: dict[str, Any]) -> Windows:
+    """What there is to solve, from the arguments of `AbstractAdjoint.loop`."""
+    names = "t0", "t1", "dt0", "terms", "solver", "saveat", "stepsize_controller"
+    passed_on = {name: arguments[name] for name in (*names, "max_steps")}
+    args, event, saveat = (arguments[name] for name in ("args", "event", "saveat"))
+    call = lambda function, t, y: function(t, y, args, **passed_on)
+    subs = jax.tree.leaves(saveat.subs, is_leaf=_is_sub)
+    # The times of all subs, together.
+    all_ts = [sub.ts for sub in subs if sub.ts is not None]
+    all_ts = jnp.concatenate([jnp.asarray(arguments["t0"])[None][:0], *all_ts])
+    return Windows(
+        solver=arguments["solver"],
+        terms=arguments["terms"],
+        args=args,
+        controller=arguments["stepsize_controller"],
+        event=None if event is None else EventSearch(event, call),
+        progress_meter=arguments["progress_meter"],
+        t0=arguments["t0"],
+        t1=arguments["t1"],
+        save_ts=all_ts,
+        max_steps=arguments["max_steps"],
+        save_steps=saveat.dense or len(all_ts) > 0,
+        save_ends=any(sub.steps != 0 for sub in subs),
+    )
 
 
 def _is_sub(x: Any) -> bool:
@@ -153,7 +114,7 @@ def _is_sub(x: Any) -> bool:
 
 def _can_record(windows: Windows, state: LoopState) -> bool:
     """Whether the windows of a controller are recorded, and differentiated together."""
-    if windows.max_steps is None or windows.event is not None:
+    if windows.event is not None or windows.max_steps is None:
         return False
     size = max(1, ravel(state.y)[0].size)
     num_entries = windows.max_steps * windows.solver.num_steps * size
@@ -161,29 +122,13 @@ def _can_record(windows: Windows, state: LoopState) -> bool:
     return is_short and has_constant_factors(windows.controller)
 
 
-def _stats(
-    windows: Windows,
-    state: LoopState,
-    num_iterations: Array | None,
-    max_iterations: Array | None,
-    residual: Array | None,
-) -> dict[str, Any]:
-    method, gradient = windows.choices(state.y)
-    return {
-        "method": method,
-        "gradient": gradient,
-        "num_newton_iterations": num_iterations,
-        "max_newton_iterations": max_iterations,
-        "residual": residual,
-    }
-
-
 def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:
     """Where the solve has ended: after the last step, or at the root of an event."""
     state, search = outcome.state, windows.event
     t, y, result = state.t_prev, state.y, state.result
-    is_cut = search is not None and search.event.root_finder is not None
-    if is_cut:
+    is_cut = False
+    if search is not None and search.event.root_finder is not None:
+        is_cut = True
         path = interpolation(inner, state.last)
         root_t, root_y, root = search.locate(state.event_mask, path)
         occurred = (state.num_steps > 0) & (result == diffrax.RESULTS.event_occurred)
@@ -211,7 +156,7 @@ def _finish(
     state, inner = outcome.state, windows.inner_step(init_state.y)
     final = _end(windows, outcome, inner)
     dense_ts = dense_infos = index = None
-    if saveat.dense:
+    if saveat.dense and outcome.steps is not None:
         dense_ts, dense_infos, index = dense(
             inner, outcome.steps, windows.t0, contiguous
         )
@@ -231,8 +176,13 @@ def _finish(
         result=final.result,
         event_mask=None if windows.event is None else state.event_mask,
     )
-    counts = state.num_iterations, state.max_iterations, state.residual
-    return final_loop_state, _stats(windows, state, *counts)
+    return final_loop_state, {
+        "method": state.method,
+        "gradient": state.gradient,
+        "num_newton_iterations": state.num_iterations,
+        "max_newton_iterations": state.max_iterations,
+        "residual": state.residual,
+    }
 
 
 def _check_solver(solver: Any) -> None:
@@ -275,7 +225,6 @@ def _first_state(init_state: Any, windows: Windows) -> LoopState:
             event_mask=event_state[1],
             num_iterations=zero,
             max_iterations=zero,
-            residual=None,
         )
     )
 

@@ -51,7 +51,9 @@ class Steps(eqx.Module):
         # Increasing, also where a step has not been taken.
         ends = lax.cummax(jnp.where(self.taken, self.ends, -jnp.inf))
         index = jnp.searchsorted(lax.stop_gradient(ends), ts)
-        return jnp.minimum(index, len(ends) - 1), index < len(ends)
+        found = index < len(ends)
+        # The first step stands in: the last one may be far from any time that is asked.
+        return jnp.where(found, index, 0), found
 
     def __getitem__(self, index: Any) -> "Steps":
         return jax.tree.map(lambda x: x[index], self)
@@ -81,6 +83,7 @@ class LoopState(eqx.Module):
     - `num_iterations`, `max_iterations`: of all windows together, and of the one with
         most.
     - `residual`: the largest of all accepted windows; `None` if none was measured.
+    - `method`, `gradient`: those of the `Statistics`, `None` before the first window.
     """
 
     t_prev: RealScalarLike
@@ -97,7 +100,9 @@ class LoopState(eqx.Module):
     event_mask: PyTree[Bool[Array, ""]]
     num_iterations: Int[Array, ""]
     max_iterations: Int[Array, ""]
-    residual: Float[Array, ""] | None
+    residual: Float[Array, ""] | None = None
+    method: Any = None
+    gradient: Any = None
 
     def count(self, statistics: Statistics, keep: Bool[Array, ""]) -> "LoopState":
         """One more window, accepted or not."""
@@ -112,6 +117,8 @@ class LoopState(eqx.Module):
             num_iterations=self.num_iterations + statistics.num_iterations,
             max_iterations=jnp.maximum(self.max_iterations, statistics.num_iterations),
             residual=residual,
+            method=statistics.method,
+            gradient=statistics.gradient,
         )
 
 

@@ -53,6 +53,7 @@ def interpolate(
     more, or once for each time, whichever is less.
     """
     steps, index, infos = outcome.steps, outcome.index, outcome.dense_infos
+    assert steps is not None
     if few := len(ts) < len(steps.ends):
         steps, infos = jax.tree.map(lambda x: x[index], (steps, infos))
         index = jnp.arange(len(ts))

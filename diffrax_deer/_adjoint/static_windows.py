@@ -77,6 +77,8 @@ def static_windows(
         num_iterations=statistics.num_iterations,
         max_iterations=statistics.num_iterations,
         residual=statistics.residual,
+        method=statistics.method,
+        gradient=statistics.gradient,
     )
     ends = _ends(trajectory, num_steps, last, num_done) if windows.save_ends else None
     index, found = steps.locate(windows.save_ts)

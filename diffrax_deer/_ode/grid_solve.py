@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
-from .._gradient import AbstractGradient, default_gradient, evaluation_points, solve
+from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
+from .._solve import evaluation_points, solve
 from .._statistics import Statistics
 from .._step_map import StepMap
 from .quadrature import Partition, partition

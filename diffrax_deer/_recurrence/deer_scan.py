@@ -17,12 +17,13 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from .._checks import check_optional
+from .._checks import check_optional, explained
 from .._defaults import MAX_PARALLEL_ENTRIES_SCAN, prefers_sequential_recurrence
-from .._gradient import AbstractGradient, default_gradient, solve
+from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
 from .._prefix import count_leading_true
 from .._ravel import ravel, rounding
+from .._solve import solve
 from .._statistics import Statistics, raise_if_failed
 from .._step_map import StepMap
 
@@ -45,6 +46,17 @@ def _has_custom_vjp(jaxpr: Any) -> bool:
         if any(map(_has_custom_vjp, parts)):
             return True
     return False
+
+
+def _sources(jaxpr: Any, num_leaves: int) -> list[int | None]:
+    """Which leaf of the carry each output is: before the step, then after it.
+
+    `None` for what is made for the output alone. The carry is in the trajectory; as one
+    more result of the step it would be differentiated once more.
+    """
+    carries = [*jaxpr.invars[:num_leaves], *jaxpr.outvars[:num_leaves]]
+    same = lambda output: (i for i, x in enumerate(carries) if x is output)
+    return [next(same(output), None) for output in jaxpr.outvars[num_leaves:]]
 
 
 def _nan_unless(solved: Bool[Array, " time"], tree: PyTree[Array]) -> PyTree[Array]:
@@ -76,10 +88,11 @@ class _Recurrence(eqx.Module):
     xs: PyTree[Array]
     num_steps: int
 
-    def has_custom_vjp(self) -> bool:
-        """Whether the step cannot be differentiated in forward mode."""
+    def trace(self) -> tuple[Any, Any]:
+        """One step as a closed jaxpr, and the structure of its output."""
         x = jax.tree.map(lambda x: x[0], self.xs)
-        return _has_custom_vjp(jax.make_jaxpr(self.f)(self.init, x).jaxpr)
+        closed, shape = jax.make_jaxpr(self.f, return_shape=True)(self.init, x)
+        return closed, jax.tree.structure(shape[1])
 
     def _step(self, carry: PyTree[Array], x: PyTree[Array]) -> tuple[Any, Any]:
         """`f`, with the types of `init`: a Python number has none of its own."""
@@ -132,8 +145,18 @@ class _Recurrence(eqx.Module):
         init, xs = eqx.combine(lax.stop_gradient(smooth), rest)
         return lax.scan(step, init, xs, length=self.num_steps)[1]
 
+    def _outputs(
+        self, after: PyTree[Array], aux: list[Array], sources: list[int | None]
+    ) -> list[Array]:
+        """The leaves of the outputs, of the carry `after` each step and of `aux`."""
+        pairs = list(zip(*map(jax.tree.leaves, (self.init, after)), strict=True))
+        before = [jnp.concatenate([first[None], x[:-1]]) for first, x in pairs]
+        carries, others = [*before, *(x for _, x in pairs)], iter(aux)
+        return [next(others) if i is None else carries[i] for i in sources]
+
     def solve(
         self,
+        trace: tuple[Any, Any],
         method: AbstractMethod | None,
         gradient: AbstractGradient | None,
         guess: PyTree[Array],
@@ -142,12 +165,15 @@ class _Recurrence(eqx.Module):
         floats = eqx.filter(self.init, eqx.is_inexact_array)
         (y0, unravel), num_steps = ravel(floats), self.num_steps
         before, after = self._others()
+        closed, structure = trace
+        sources = _sources(closed.jaxpr, len(jax.tree.leaves(self.init)))
 
         def step_with_aux(x, y):
             x, others = x
             carry, out = self._step(eqx.combine(unravel(y), others), x)
             flat, _ = ravel(eqx.filter(carry, eqx.is_inexact_array))
-            return flat.astype(y.dtype), out
+            outputs = zip(jax.tree.leaves(out), sources, strict=True)
+            return flat.astype(y.dtype), [x for x, i in outputs if i is None]
 
         step = lambda x, y: step_with_aux(x, y)[0]
         step_map = StepMap(step, step_with_aux=step_with_aux, eps=rounding(floats))
@@ -155,18 +181,21 @@ class _Recurrence(eqx.Module):
             sequential = prefers_sequential_recurrence(y0.size)
             method = Sequential() if sequential else Newton()
         if gradient is None:
-            arguments, limit = (self.f, self.init, self.xs), MAX_PARALLEL_ENTRIES_SCAN
+            arguments = closed.consts, self.init, self.xs
+            limit = MAX_PARALLEL_ENTRIES_SCAN
             gradient = default_gradient(arguments, y0.size, num_steps, limit)
         flat_guess = jnp.full((num_steps, y0.size), jnp.nan, y0.dtype)
         if guess is not None:
             guess = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), guess, self.init)
             smooth = eqx.filter(guess, jax.tree.map(eqx.is_inexact_array, self.init))
             flat_guess = jax.vmap(lambda y: ravel(y)[0])(smooth).astype(y0.dtype)
-        states, statistics, ys = solve(
-            step_map, y0, (self.xs, before), flat_guess, method, gradient
-        )
-        last = jax.tree.map(lambda x: x[-1], after)
-        carry = eqx.combine(unravel(states[-1]), last)
+        with explained():
+            states, statistics, aux = solve(
+                step_map, y0, (self.xs, before), flat_guess, method, gradient
+            )
+        carries = eqx.combine(jax.vmap(unravel)(states), after)
+        ys = jax.tree.unflatten(structure, self._outputs(carries, aux, sources))
+        carry = jax.tree.map(lambda x: x[-1], carries)
         return *self._only_solved(carry, ys, statistics), statistics
 
 
@@ -245,10 +274,11 @@ def deer_scan(
         xs, guess = jax.tree.map(lambda x: jnp.asarray(x)[::-1], (xs, guess))
     recurrence = _Recurrence(f, init, xs, num_steps)
     is_default = method is None and gradient is None
-    if num_steps == 0 or (is_default and recurrence.has_custom_vjp()):
+    trace = recurrence.trace() if num_steps > 0 else None
+    if trace is None or (is_default and _has_custom_vjp(trace[0].jaxpr)):
         carry, ys, statistics = recurrence.scan()
     else:
-        carry, ys, statistics = recurrence.solve(method, gradient, guess)
+        carry, ys, statistics = recurrence.solve(trace, method, gradient, guess)
     if throw:
         carry, ys = raise_if_failed((carry, ys), statistics.result, _FAILURES)
     if reverse:

@@ -4,20 +4,11 @@ $$L[y](r) = f(y(r - s_1), \dots, y(r - s_P), x(r); \theta)$$
 
 on a grid of points r, algorithm 1 of arXiv:2309.12252. With $G_p = -\partial_p f$ along
 a guess, Newton's method needs $L_G = L + \sum_p G_p\, y(r - s_p)$ to be inverted:
-$y \leftarrow L_G^{-1}[f + \sum_p G_p\, y(r - s_p)]$.
-
-Here it is written for the residual $\rho = L^{-1} f(y) - y$ of the fixed-point problem,
-
-$$y \leftarrow y + \rho - L_G^{-1} \sum_p G_p\, \rho(r - s_p),$$
-
-the same thing if the user's $L_G^{-1}$ is exact. If it is not, because it is only cheap
-for some G, then that costs iterations; the answer is decided by $L^{-1}$ alone.
-
-Updates are damped by Deuflhard's restricted natural monotonicity test. All points are
-solved together or none is, and no number of iterations is known to suffice.
+$y \leftarrow L_G^{-1}[f + \sum_p G_p\, y(r - s_p)]$, in `damped_newton` written for the
+residual. The derivative of the solution is that of the equations, by the implicit
+function theorem, whatever iteration has found it.
 """
 
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,13 +20,12 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._checks import check_count, check_instance, check_tolerance
+from .._checks import check_instance
 from .._custom_types import State, States
-from .._defaults import MAX_DAMPED_ITERATIONS, MIN_DAMPING, RATE_SAFETY, tolerance
-from .._linalg.transitions import AbstractTransition, multiply
-from .._linearization import AbstractLinearization, FullJacobian
-from .._statistics import Statistics, raise_if_failed
-from .._step_map import StepMap, split_by_tangent
+from .._defaults import tolerance
+from .._statistics import raise_if_failed
+from .._step_map import split_by_tangent
+from .damped_newton import DampedNewton, Equations
 
 _FAILURES = [
     "`deer_solve`: a value became infinite or NaN. Try another `guess`; with "
@@ -44,152 +34,6 @@ _FAILURES = [
     "iterations. If the updates have become as small as rounding, allow for it by a "
     "larger `rtol`. If `inverse` ignores `gs`, the iteration may not converge at all.",
 ]
-
-
-class DampedNewton(eqx.Module):
-    """How `deer_solve` finds the solution: Newton's method with damped updates.
-
-    **Arguments:**
-
-    - `linearization`: makes the G. `FullJacobian()`, `DiagonalJacobian()`...
-    - `rtol`, `atol`: bounds for residual and estimated error, in each component
-        relative to the largest value that it has at any point. `None` means eps**0.75,
-        and zero.
-    - `max_iterations`: at most this many.
-
-    ??? cite "Reference"
-
-        Deuflhard, *Newton Methods for Nonlinear Problems*, Springer 2011, section 3.3.
-    """
-
-    linearization: AbstractLinearization = FullJacobian()
-    rtol: float | None = eqx.field(static=True, default=None)
-    atol: float | None = eqx.field(static=True, default=None)
-    max_iterations: int = eqx.field(static=True, default=MAX_DAMPED_ITERATIONS)
-
-    def __check_init__(self):
-        example = "FullJacobian()"
-        check_instance(
-            "linearization", self.linearization, AbstractLinearization, example
-        )
-        check_tolerance("rtol", self.rtol)
-        check_tolerance("atol", self.atol)
-        check_count("max_iterations", self.max_iterations)
-
-    def __call__(
-        self, equations: "_Framework", guess: States
-    ) -> tuple[States, Statistics]:
-        """Solves `equations.images(ys) == ys` from `guess`; not differentiable."""
-        eps = float(jnp.finfo(guess.dtype).eps)
-        rtol = tolerance(eps) if self.rtol is None else self.rtol
-        atol = 0.0 if self.atol is None else self.atol
-
-        def measure(x, ys):
-            scale = atol + rtol * jnp.max(jnp.abs(ys), axis=0)
-            return jnp.max(jnp.where(x == 0, 0.0, jnp.abs(x) / scale))
-
-        def iterate(state):
-            ys, residuals, old, _, count = state
-            update = equations.damped_update(ys, residuals)
-            new = ys + update
-            left = equations.images(new) - new
-            change = jnp.maximum(measure(update, new), measure(residuals, new))
-            known = (change > 0) & jnp.isfinite(old)
-            rate = jnp.where(known, change / old, 1.0)
-            # What is left of a geometric series, if far less than the last term.
-            error = RATE_SAFETY * rate / (1 - jnp.minimum(rate, 0.5))
-            error = change * jnp.minimum(error, 1.0)
-            return new, left, change, error, count + 1
-
-        def unsolved(state):
-            ys, residuals, _, error, count = state
-            solved = (error <= 1) & (measure(residuals, ys) <= 1)
-            finite = jnp.all(jnp.isfinite(ys) & jnp.isfinite(residuals))
-            return ~solved & finite & (count < self.max_iterations)
-
-        zero, unknown = jnp.array(0, int), jnp.array(jnp.inf, guess.dtype)
-        residuals = equations.images(guess) - guess
-        state = guess, residuals, unknown, unknown, zero
-        ys, residuals, _, error, count = lax.while_loop(unsolved, iterate, state)
-        # Without another iteration to come the estimate, which needs two, is not asked.
-        solved = measure(residuals, ys) <= 1
-        solved &= (error <= 1) | (count >= self.max_iterations)
-        finite = jnp.all(jnp.isfinite(ys) & jnp.isfinite(residuals))
-        result = optx.RESULTS.where(
-            finite, optx.RESULTS.nonlinear_max_steps_reached, optx.RESULTS.nonfinite
-        )
-        result = optx.RESULTS.where(solved, optx.RESULTS.successful, result)
-        num_solved = jnp.where(solved, len(ys), 0)
-        residual = jnp.max(jnp.abs(residuals))
-        return ys, Statistics(count, residual, num_solved, result, self)
-
-
-class _Framework(eqx.Module):
-    """The equations y = L⁻¹ f(shifted y)."""
-
-    f: Callable[[list[State], PyTree[Any]], State]
-    inverse: Callable[[list[Array], States], States]
-    shifter: Callable[[States], Sequence[States]]
-    xs: PyTree[Any]
-    linearization: AbstractLinearization
-
-    def _right_hand_side(self, ys: States) -> States:
-        return jax.vmap(self.f)(list(self.shifter(ys)), self.xs)
-
-    def _negative_jacobians(self, ys: States) -> list[AbstractTransition]:
-        """The G of each shift."""
-
-        def point(shifted, x):
-            def with_respect_to(p):
-                step = lambda _, y: self.f([*shifted[:p], y, *shifted[p + 1 :]], x)
-                y = shifted[p]
-                transition = self.linearization(StepMap(step), None, y, y)
-                return jax.tree.map(jnp.negative, transition)
-
-            return [with_respect_to(p) for p in range(len(shifted))]
-
-        return jax.vmap(point)(list(self.shifter(ys)), self.xs)
-
-    def zeros(self, ys: States) -> list[Array]:
-        """Zeros in place of the G."""
-        shapes = jax.eval_shape(self._negative_jacobians, ys)
-        return [jnp.zeros(g.entries.shape, g.entries.dtype) for g in shapes]
-
-    def images(self, ys: States) -> States:
-        """L⁻¹ f(shifted y)."""
-        return self.inverse(self.zeros(ys), self._right_hand_side(ys))
-
-    def newton(self, ys: States) -> Callable[[States], States]:
-        """The linear map from residuals to updates, linearized at `ys`."""
-        gs, zero = self._negative_jacobians(ys), jnp.zeros_like(ys)
-        entries = [g.entries for g in gs]
-        # Both may add what does not depend on their argument, an initial value.
-        shift, inverse = (
-            jax.linearize(self.shifter, zero)[1],
-            jax.linearize(ft.partial(self.inverse, entries), zero)[1],
-        )
-
-        def update(residuals):
-            products = map(multiply, gs, shift(residuals))
-            return residuals - inverse(sum(products, start=jnp.zeros_like(residuals)))
-
-        return update
-
-    def damped_update(self, ys: States, residuals: States) -> States:
-        """The largest part of Newton's update, a power of 1/2, that is accepted."""
-        newton = self.newton(ys)
-        full = newton(residuals)
-        size = jnp.max(jnp.abs(full))
-
-        def too_long(part):
-            new = ys + part * full
-            # Deuflhard's restricted natural monotonicity test.
-            left = jnp.max(jnp.abs(newton(self.images(new) - new)))
-            return ~(left <= (1 - part / 4) * size) & (part > MIN_DAMPING)
-
-        half = jnp.array(0.5, ys.dtype)
-        part = lax.while_loop(too_long, lambda part: part * half, 2 * half)
-        return jnp.where(part > MIN_DAMPING, part * full, 0)
 
 
 def _preconditioned(
@@ -304,12 +148,12 @@ def deer_solve(
         iterations. Affine in `rhs`, and differentiable by JAX in both modes.
     - `shifter`: `shifter(y)` returns the P arrays $y(r - s_p)$, `(time, state)` each.
         Affine.
-    - `guess`: `(time, state)`, of a floating type. The answer does not depend on it if
-        `causal`, and otherwise as that of any Newton method does.
+    - `guess`: `(time, state)`, of a floating type. Where there are several solutions,
+        or where updates are damped, it decides which one is found, and whether any is.
     - `xs`: a pytree of arrays of leading axis `time`.
     - `method`: tolerances, iterations, and what makes the G: a `DampedNewton`.
     - `throw`: whether a failed solve raises an error, at run time. Otherwise the result
-        is NaN where it is not solved.
+        is NaN.
     - `return_statistics`: whether to return `Statistics`, too.
 
     **Returns:** y, `(time, state)`; or y and `Statistics`. Exact derivatives of any
@@ -343,10 +187,10 @@ def deer_solve(
     guess = lax.stop_gradient(guess)
     _check_shapes(f, shifter, guess, xs)
     # So that all they close over is an argument, which is differentiated.
-    equations = _Framework(f, inverse, shifter, xs, method.linearization)
+    equations = Equations(f, inverse, shifter, xs, method.linearization)
     x = jax.tree.map(lambda x: x[0], xs)
     shifted = list(shifter(guess))
-    equations = _Framework(
+    equations = Equations(
         eqx.filter_closure_convert(f, [y[0] for y in shifted], x),
         eqx.filter_closure_convert(inverse, equations.zeros(guess), guess),
         eqx.filter_closure_convert(shifter, guess),

@@ -13,16 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from experiments.benchmark.reading import (
-    Cell,
-    baseline_of,
-    cells_of,
-    describe,
-    identity,
-    load,
-)
+from experiments.benchmark.reading import baseline_of, cells_of, identity, load
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError
+from experiments.common.progress import Cell, describe
 from experiments.common.timing import quartiles
 
 # A speed-up: the least it may be, its median, and the most.

@@ -4,13 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.benchmark.reading import (
-    Cell,
-    describe,
-    geometric_mean,
-    ratios,
-    select,
-)
+from experiments.benchmark.reading import geometric_mean, ratios, select
+from experiments.common.progress import Cell, describe
 from experiments.common.results import format_table
 
 # What was found, and where.

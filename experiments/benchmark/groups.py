@@ -1,5 +1,6 @@
 """What there is to measure, cell by cell, and in what precision."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax
 from experiments import rnn_speed
 from experiments.benchmark import matched, measure as ordinary
 from experiments.benchmark.settings import Config, GroupName
+from experiments.common.measurement import CellsConfig
 
 _IN_DOUBLE = ("fits", "matched")
 
@@ -14,8 +16,8 @@ _IN_DOUBLE = ("fits", "matched")
 def cells_of(group: GroupName, config: Config) -> list[dict[str, Any]]:
     """All cells of a group, those that may be left out after those that show it."""
     if group == "gru":
-        places = rnn_speed.places(_rnn_config(config))
-        return [{"workload": "gru"} | vars(place) for place in places]
+        cells = rnn_speed.cells_of(_rnn_config(config))
+        return [{"workload": "gru"} | cell for cell in cells]
     if group == "matched":
         chosen = matched.CHOSEN[:1] if config.smoke else matched.CHOSEN
         return [
@@ -62,12 +64,8 @@ def _sizes(group: GroupName, config: Config) -> list[dict[str, Any]]:
 
 
 def _rnn_config(config: Config) -> rnn_speed.Config:
-    settings = rnn_speed.Config(
-        repeats=config.repeats,
-        cell_seconds=config.cell_seconds,
-        most_seconds=config.most_seconds,
-        most_gigabytes=config.most_gigabytes,
-    )
+    names = [field.name for field in dataclasses.fields(CellsConfig)]
+    settings = rnn_speed.Config(**{name: getattr(config, name) for name in names})
     return settings.reduced() if config.smoke else settings
 
 
@@ -84,10 +82,7 @@ def measure_cell(
         jax.default_matmul_precision("highest"),
     ):
         if group == "gru":
-            same = [each for each in cells if each["workload"] == "gru"]
-            sizes = {key: cell[key] for key in ("batch_size", "dim", "num_steps")}
-            place = rnn_speed.Place(cell["mode"], **sizes)
-            return cell | rnn_speed.measure(place, same, _rnn_config(config))
+            return rnn_speed.measure(cell, cells, _rnn_config(config))
         if group == "matched":
             return matched.measure(cell, config)
         return ordinary.measure(cell, cells, config)

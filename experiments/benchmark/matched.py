@@ -5,6 +5,7 @@ state. The error is that of the final state.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import diffrax
@@ -13,13 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from diffrax_deer import ExponentialRosenbrockEuler
-from experiments.benchmark import methods
+from diffrax_deer import DEERSolver
 from experiments.benchmark.matching import matching_count, matching_tolerance
 from experiments.benchmark.measure import analyze, error
-from experiments.benchmark.methods import METHODS, MethodName
 from experiments.benchmark.settings import Config
-from experiments.benchmark.workloads import Workload
 from experiments.common.affordable import (
     Prepared,
     prepare,
@@ -27,6 +25,8 @@ from experiments.common.affordable import (
     too_large,
 )
 from experiments.common.problems import PROBLEMS, Problem
+from experiments.common.solvers import METHODS, Method, MethodName
+from experiments.common.workload import Workload, make_function
 
 CHOSEN = ("lotka_volterra_10", "van_der_pol_1", "two_body")
 COMPARED: tuple[MethodName, ...] = (
@@ -46,6 +46,9 @@ _TOLERANCES = (1e3, 1e2, 1e1, 1.0, 1e-1)
 _COUNTS = tuple(round(8 * 2 ** (k / 2)) for k in range(30))
 _FINE = 10**0.25
 _FIRST_STEPS = 256  # of an adaptive solver: how long its first step is
+
+# A setting, how many times that which meets the target it is, and what it gives.
+_Found = Iterator[tuple[dict[str, Any], float, Prepared]]
 
 
 @dataclasses.dataclass
@@ -74,7 +77,6 @@ def _workload(problem: Problem, num_steps: int) -> Workload:
         t0=0.0,
         t1=problem.t1,
         num_steps=num_steps,
-        every=None,
         loss=lambda ys: jnp.mean(ys**2),
     )
 
@@ -106,65 +108,63 @@ def smallest_count(
     return count
 
 
-def _by_count(
-    name: MethodName,
-    problem: Problem,
-    reference: Array,
-    target: float,
-    config: Config,
-) -> list[_Point]:
-    is_paper = name == "paper"
-    solver = ExponentialRosenbrockEuler() if is_paper else diffrax.Dopri5()
-    matched = smallest_count(problem, solver, reference, target)
-    points = []
-    for factor in (1.0,) if config.smoke else _LADDER:
-        count = max(1, round(matched * factor))
-        workload = _workload(problem, count)
-        function = methods.make_function(
-            name, "gradient", workload, throw=False, argnums=1
+@dataclasses.dataclass
+class _Search:
+    """What the methods have to solve, and how well."""
+
+    problem: Problem
+    reference: Array
+    target: float
+    config: Config
+
+    def points(self, method: Method) -> list[_Point]:
+        """What a method takes for the target, and for errors around it."""
+        find = self._by_tolerance if method.is_adaptive else self._by_count
+        points = [
+            _Point(setting, found, factor == 1, error(found.value.ys, self.reference))
+            for setting, factor, found in find(method)
+        ]
+        # With too few steps there is nothing but infinities.
+        return [point for point in points if point.error < 1]
+
+    def _by_count(self, method: Method) -> _Found:
+        solver: Any = method.solver
+        solver = solver.solver if isinstance(solver, DEERSolver) else solver
+        matched = smallest_count(self.problem, solver, self.reference, self.target)
+        for factor in (1.0,) if self.config.smoke else _LADDER:
+            count = max(1, round(matched * factor))
+            workload = _workload(self.problem, count)
+            function = make_function(
+                method, "gradient", workload, throw=False, argnums=1
+            )
+            arguments = (), workload.y0s, None
+            found = prepare(function, arguments, self.config.max_gigabytes)
+            if isinstance(found, Prepared):
+                yield {"num_steps": count}, factor, found
+
+    def _by_tolerance(self, method: Method) -> _Found:
+        workload = _workload(self.problem, _FIRST_STEPS)
+
+        def solve(tolerance, y0s):
+            function = make_function(
+                method, "gradient", workload, tolerance, throw=False, argnums=1
+            )
+            return function((), y0s, None)
+
+        # One function for all tolerances.
+        argument = lambda tolerance: (jnp.asarray(tolerance), workload.y0s)
+        first = prepare(jax.jit(solve), argument(1e-3), np.inf)
+        assert isinstance(first, Prepared)
+        call = first.compiled.function
+        error_of = lambda tolerance: error(
+            call(*argument(tolerance)).ys, self.reference
         )
-        arguments = (), workload.y0s, None
-        found = prepare(function, arguments, config.most_gigabytes)
-        if isinstance(found, Prepared):
-            difference = error(found.value.ys, reference)
-            setting = {"num_steps": count}
-            points.append(_Point(setting, found, factor == 1.0, difference))
-    return points
-
-
-def _by_tolerance(
-    name: MethodName,
-    problem: Problem,
-    reference: Array,
-    target: float,
-    config: Config,
-) -> list[_Point]:
-    workload = _workload(problem, _FIRST_STEPS)
-
-    def solve(tolerance, y0s):
-        function = methods.make_function(
-            name, "gradient", workload, tolerance, throw=False, argnums=1
-        )
-        return function((), y0s, None)
-
-    # One function for all tolerances.
-    argument = lambda tolerance: (jnp.asarray(tolerance), workload.y0s)
-    first = prepare(jax.jit(solve), argument(1e-3), np.inf)
-    assert isinstance(first, Prepared)
-    function = first.compiled.function
-    error_of = lambda tolerance: error(function(*argument(tolerance)).ys, reference)
-    tolerance, _ = matching_tolerance(error_of, target, 1e-14, _FINE)
-    points = []
-    for factor in (1.0,) if config.smoke else _TOLERANCES:
-        chosen = tolerance * factor
-        compiled = dataclasses.replace(
-            first.compiled, arguments=argument(chosen), seconds=[]
-        )
-        prepared = Prepared(compiled, compiled.call(), first.seconds)
-        difference = error(prepared.value.ys, reference)
-        setting = {"tolerance": chosen}
-        points.append(_Point(setting, prepared, factor == 1.0, difference))
-    return points
+        tolerance, _ = matching_tolerance(error_of, self.target, 1e-14, _FINE)
+        for factor in (1.0,) if self.config.smoke else _TOLERANCES:
+            chosen = argument(tolerance * factor)
+            compiled = dataclasses.replace(first.compiled, arguments=chosen, seconds=[])
+            found = Prepared(compiled, compiled.call(), first.seconds)
+            yield {"tolerance": tolerance * factor}, factor, found
 
 
 def measure(cell: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -180,14 +180,13 @@ def measure(cell: dict[str, Any], config: Config) -> dict[str, Any]:
     """
     problem = PROBLEMS[cell["problem"]]
     target = _ROUGH_TARGET if config.smoke else TARGET
-    reference = _workload(problem, _FIRST_STEPS).reference()
-    points: dict[str, list[_Point]] = {}
-    for name in COMPARED:
-        if name in config.methods:
-            find = _by_tolerance if METHODS[name].adaptive else _by_count
-            found = find(name, problem, reference, target, config)
-            # With too few steps there is nothing but infinities.
-            points[name] = [point for point in found if point.error < 1]
+    reference = _workload(problem, _FIRST_STEPS).reference().ys
+    search = _Search(problem, reference, target, config)
+    points = {
+        name: search.points(METHODS[name])
+        for name in COMPARED
+        if name in config.methods
+    }
     # What takes seconds where others take milliseconds would leave few turns to these.
     others = [each for name, each in points.items() if name != "paper"]
     for group in (sum(others, []), points.get("paper", [])):
@@ -199,6 +198,8 @@ def measure(cell: dict[str, Any], config: Config) -> dict[str, Any]:
         if chosen is None:
             entries[name] = too_large("too little memory") | {"points": []}
             continue
-        entry = analyze(chosen.prepared.compiled) | chosen.entry()
+        compiled = chosen.prepared.compiled
+        entry = {"compile_seconds": compiled.compile_seconds} | analyze(compiled)
+        entry |= chosen.entry()
         entries[name] = entry | {"points": [point.entry() for point in each]}
     return cell | {"target": target, "methods": entries}

@@ -8,19 +8,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from experiments.benchmark import methods, workloads
+from experiments.benchmark import workloads
 from experiments.benchmark.matching import matching_tolerance
-from experiments.benchmark.methods import BASELINE, METHODS, MethodName
 from experiments.benchmark.settings import Config
-from experiments.benchmark.workloads import Workload
+from experiments.common import hand_written
 from experiments.common.affordable import (
     Prepared,
-    expected_seconds,
+    measure_methods,
     prepare,
-    take_affordable_turns,
-    too_slow,
+    reason_to_skip,
 )
+from experiments.common.solvers import BASELINE, BENCHMARKED, METHODS, MethodName
 from experiments.common.timing import Compiled, compile_ahead, largest_difference
+from experiments.common.workload import (
+    Comparison,
+    Workload,
+    make_function,
+    prepare_solve,
+)
 
 # Where all methods are measured.
 _HEADLINES = (
@@ -28,7 +33,17 @@ _HEADLINES = (
     {"workload": "fitzhugh_nagumo", "num_steps": 1000},
     {"workload": "lotka_volterra", "num_steps": 1000},
 )
-# In a quick check of all workloads, since they differ little from others.
+# What is measured in every cell, and what of it is left out of a quick check, since it
+# differs little from the rest.
+EVERYWHERE: tuple[MethodName, ...] = (
+    BASELINE,
+    "scan_rk45",
+    "deer",
+    "deer_sequential",
+    "deer_newton",
+    "deer_newton_warm",
+    "floor",
+)
 _LEFT_OUT = ("deer_sequential", "deer_newton")
 
 
@@ -39,16 +54,16 @@ def is_headline(cell: dict[str, Any]) -> bool:
 
 def names_for(cell: dict[str, Any], config: Config) -> list[MethodName]:
     """The methods of a cell, the baseline first, since all are compared with it."""
-    names = [name for name, method in METHODS.items() if method.everywhere]
+    names = [name for name in BENCHMARKED if name in EVERYWHERE]
     if is_headline(cell):
-        names = [name for name in METHODS if name != "paper"]
+        names = [name for name in BENCHMARKED if name != "paper"]
     elif config.smoke:
         names = [name for name in names if name not in _LEFT_OUT]
     return [name for name in names if name in config.methods]
 
 
 def analyze(compiled: Compiled) -> dict[str, Any]:
-    """What the compiler knows of a function: time, memory, operations.
+    """What the compiler knows of a function: memory and operations.
 
     What is in a loop is counted once, however often it is repeated.
     """
@@ -56,7 +71,6 @@ def analyze(compiled: Compiled) -> dict[str, Any]:
     costs = costs[0] if isinstance(costs, list) else costs
     memory = compiled.function.memory_analysis()
     return {
-        "compile_seconds": compiled.compile_seconds,
         "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
         "flops": costs.get("flops"),
         "bytes_accessed": costs.get("bytes accessed"),
@@ -69,6 +83,34 @@ def error(found: PyTree, reference: PyTree) -> float:
         return largest_difference(found, reference)
 
 
+def make_floor(mode: str, workload: Workload) -> tuple[Any, tuple[Any, ...]]:
+    """What no method in parallel can do without, and what to call it with.
+
+    All steps once, from the states of the solution, and how parameters and states
+    enter into them once.
+    """
+    field, bounds = workload.field, (workload.t0, workload.t1)
+    num_steps = workload.interval().known_steps
+    trajectory = lambda y0, params: hand_written.trajectory(
+        field, *bounds, num_steps, y0, params
+    )
+    whole = jax.vmap(trajectory, in_axes=(0, None))
+    ys = jax.jit(whole)(workload.y0s, workload.params)
+    join = lambda y0, ys: jnp.concatenate([y0[:, None], ys[:, :-1]], axis=1)
+    befores = jax.tree.map(join, workload.y0s, ys)
+
+    def forward(params, befores):
+        step = lambda y: hand_written.all_steps(field, *bounds, y, params)
+        return jax.vmap(step)(befores)
+
+    def gradient(params, befores):
+        ys, pull_back = jax.vjp(forward, params, befores)
+        return ys, pull_back(ys)
+
+    function = jax.jit(forward if mode == "forward" else gradient)
+    return function, (workload.params, befores)
+
+
 @dataclasses.dataclass
 class _Cell:
     """What the methods of a cell have in common.
@@ -78,20 +120,24 @@ class _Cell:
         workload: the workload after it, which is timed.
         mode: what is computed.
         reference: the solution, to many digits.
+        comparison: with the baseline.
+        entries: by name, what else is known.
     """
 
     before: Workload
     workload: Workload
     mode: str
     reference: PyTree
+    comparison: Comparison = dataclasses.field(default_factory=Comparison)
+    entries: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def tolerance_of(self, name: MethodName, target: float) -> tuple[float, float]:
-        """The largest tolerance with an error of at most `target`, and that error."""
+    def tolerance_of(self, name: MethodName) -> float:
+        """The largest tolerance with at most the error of the baseline."""
         arguments = self.workload.params, self.workload.y0s, None
 
         def solve(tolerance, *arguments):
-            function = methods.make_function(
-                name, "forward", self.workload, tolerance, throw=False
+            function = make_function(
+                METHODS[name], "forward", self.workload, tolerance, throw=False
             )
             return function(*arguments).ys
 
@@ -100,53 +146,34 @@ class _Cell:
         error_of = lambda value: error(
             compiled(jnp.asarray(value, tolerance.dtype), *arguments), self.reference
         )
-        return matching_tolerance(
-            error_of, target, float(jnp.finfo(tolerance.dtype).eps)
-        )
+        target = self.entries[BASELINE]["error"]
+        eps = float(jnp.finfo(tolerance.dtype).eps)
+        return matching_tolerance(error_of, target, eps)[0]
 
-    def prepare(
-        self, name: MethodName, entry: dict[str, Any], target: float, most: float
-    ) -> Prepared | dict[str, Any]:
+    def prepare(self, name: MethodName, max_gigabytes: float) -> Any:
         """Compiles a method and calls it for the first time; see `prepare`."""
         if name == "floor":
-            return prepare(*methods.make_floor(self.mode, self.workload), most)
-        tolerance = None
-        if METHODS[name].adaptive:
-            tolerance, _ = self.tolerance_of(name, target)
-            entry["tolerance"] = tolerance
-        function = methods.make_function(name, self.mode, self.workload, tolerance)
-        states = methods.cold_states(name, self.workload)
-        params = (self.before if METHODS[name].warm else self.workload).params
-        found = prepare(function, (params, self.workload.y0s, states), most)
-        if isinstance(found, Prepared) and METHODS[name].warm:
-            arguments = self.workload.params, self.workload.y0s, found.value.state
-            found.compiled.arguments = arguments
-            found.value = found.compiled.call()
-        return found
+            return prepare(*make_floor(self.mode, self.workload), max_gigabytes)
+        entry = self.entries.setdefault(name, {})
+        if METHODS[name].is_adaptive:
+            entry["tolerance"] = self.tolerance_of(name)
+        return prepare_solve(
+            METHODS[name],
+            self.mode,
+            self.workload,
+            self.before,
+            entry.get("tolerance"),
+            max_gigabytes,
+        )
 
-
-def _reason_to_skip(
-    name: MethodName, cell: dict[str, Any], cells: list[dict[str, Any]], config: Config
-) -> dict[str, Any] | None:
-    """Why the method is left out before anything is compiled, if it is."""
-    if name == BASELINE:
-        return None
-    others = {key: value for key, value in cell.items() if key != "num_steps"}
-    shorter = [
-        each
-        for each in cells
-        if others.items() <= each.items()
-        and each["num_steps"] < cell["num_steps"]
-        and name in each["methods"]
-    ]
-    if not shorter:
-        return None
-    longest = max(shorter, key=lambda each: each["num_steps"])
-    ratio = cell["num_steps"] / longest["num_steps"]
-    expected = expected_seconds(longest["methods"][name], ratio)
-    if expected is None or expected <= config.most_seconds:
-        return None
-    return too_slow(expected)
+    def describe(self, name: str, prepared: Prepared) -> dict[str, Any]:
+        """What there is to say about a method beside its timings."""
+        analysis = analyze(prepared.compiled)
+        if name == "floor":
+            return analysis
+        entry = self.entries[name]
+        entry["error"] = error(prepared.value.ys, self.reference)
+        return entry | analysis | self.comparison(name, prepared)
 
 
 def measure(
@@ -164,39 +191,16 @@ def measure(
     """
     before = workloads.make(cell)
     workload = before.after_one_step()
-    place = _Cell(before, workload, cell["mode"], workload.reference())
-    entries: dict[str, dict[str, Any]] = {}
-    prepared: dict[str, Prepared] = {}
-    baseline, target = None, 0.0
-    for name in names_for(cell, config):
-        skipped = _reason_to_skip(name, cell, cells, config)
-        entry: dict[str, Any] = {}
-        found = skipped or place.prepare(name, entry, target, config.most_gigabytes)
-        if isinstance(found, dict):
-            entries[name] = found
-            continue
-        prepared[name] = found
-        entries[name] = entry | analyze(found.compiled)
-        if name == "floor":
-            continue
-        entries[name]["error"] = error(found.value.ys, place.reference)
-        if name == BASELINE:
-            baseline, target = found.value, entries[name]["error"]
-        elif baseline is not None:
-            entries[name] |= _compare(found.value, baseline)
+    place = _Cell(before, workload, cell["mode"], workload.reference().ys)
+
+    def prepared():
+        for name in names_for(cell, config):
+            skipped = None
+            if name != BASELINE:
+                skipped = reason_to_skip(name, cell, cells, config.max_seconds)
+            yield name, skipped or place.prepare(name, config.max_gigabytes)
+
     # What is claimed rests on the headlines: all repeats, however long they take.
     limit = math.inf if is_headline(cell) else config.cell_seconds
-    take_affordable_turns(list(prepared.values()), limit, config.repeats)
-    for name, each in prepared.items():
-        entries[name]["seconds"] = each.compiled.seconds
+    entries = measure_methods(prepared(), place.describe, limit, config.repeats)
     return cell | {"methods": entries}
-
-
-def _compare(found: methods.Outcome, baseline: methods.Outcome) -> dict[str, Any]:
-    entry = {"value_difference": largest_difference(found.ys, baseline.ys)}
-    if found.gradient is not None:
-        pair = found.gradient, baseline.gradient
-        entry["gradient_difference"] = largest_difference(*pair)
-    if found.num_iterations is not None:
-        entry["num_iterations"] = int(jnp.max(found.num_iterations))
-    return entry

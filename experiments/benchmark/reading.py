@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark.methods import BASELINE, MODES
-from experiments.common import recurrent
 from experiments.common.affordable import speed_up
 from experiments.common.errors import ExperimentError
+from experiments.common.progress import Cell, describe
+from experiments.common.solvers import BASELINE, RECURRENT_BASELINE
 
-Cell = dict[str, Any]
 # What tells a cell from others; not all have all.
 _KEYS = ("workload", "problem", "mode", "dim", "width", "batch_size", "num_steps")
 
@@ -46,22 +45,7 @@ def identity(cell: Cell) -> tuple[Any, ...]:
 
 def baseline_of(cell: Cell) -> str:
     """What the other methods of the cell are compared with."""
-    return recurrent.BASELINE if cell["workload"] == "gru" else BASELINE
-
-
-def describe(cell: Cell) -> str:
-    """The cell in words."""
-    name = cell.get("problem", cell["workload"])
-    words = [name.replace("_", " ")]
-    for key, form in (
-        ("dim", "D = {}"),
-        ("width", "width {}"),
-        ("num_steps", "{} steps"),
-        ("batch_size", "batch {}"),
-    ):
-        if key in cell:
-            words.append(form.format(cell[key]))
-    return ", ".join([*words, MODES[cell["mode"]]])
+    return RECURRENT_BASELINE if cell["workload"] == "gru" else BASELINE
 
 
 def select(cells: Iterable[Cell], **where: Any) -> list[Cell]:
@@ -71,8 +55,6 @@ def select(cells: Iterable[Cell], **where: Any) -> list[Cell]:
 
 def ratio(cell: Cell, method: str, over: str) -> float | None:
     """How often faster a method is than another, if both were timed."""
-    if not {method, over} <= cell["methods"].keys():
-        return None
     found = speed_up(cell["methods"], method, over)
     return None if isinstance(found, str) else found
 

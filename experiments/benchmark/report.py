@@ -13,12 +13,9 @@ from matplotlib.figure import Figure
 
 from experiments import rnn_speed
 from experiments.benchmark import goals
-from experiments.benchmark.measure import is_headline
-from experiments.benchmark.methods import BASELINE, LABELS, METHODS, MODES
+from experiments.benchmark.measure import EVERYWHERE, is_headline
 from experiments.benchmark.reading import (
-    Cell,
     cells_of,
-    describe,
     geometric_mean,
     load,
     ratio,
@@ -27,15 +24,16 @@ from experiments.benchmark.reading import (
 )
 from experiments.common.affordable import describe_time, speed_up
 from experiments.common.command_line import run
-from experiments.common.files import write_atomically
-from experiments.common.heat_map import Entry, draw_heat_maps
+from experiments.common.files import write_figure
+from experiments.common.heat_map import draw_heat_maps
 from experiments.common.plotting import STYLES
 from experiments.common.problems import PROBLEMS
+from experiments.common.progress import MODES, Cell, describe
 from experiments.common.results import format_table
+from experiments.common.solvers import BASELINE, LABELS
 
 # What is drawn: a method, and what it is compared with.
 _PAIRS = (("deer", BASELINE), ("deer", "scan_rk45"), ("deer_newton_warm", BASELINE))
-_GRID = tuple(name for name, method in METHODS.items() if method.everywhere)
 _DIFFERENCES = ("value_difference", "gradient_difference")
 
 
@@ -51,7 +49,7 @@ def _time(cell: Cell, name: str) -> str:
     return describe_time(cell["methods"][name]) if name in cell["methods"] else "-"
 
 
-def grid_table(cells: Sequence[Cell], names: Sequence[str] = _GRID) -> str:
+def grid_table(cells: Sequence[Cell], names: Sequence[str] = EVERYWHERE) -> str:
     """One line for each cell: times, and speed-ups over the baseline."""
     header = ["", f"{LABELS[BASELINE]} (ms)"]
     for name in names[1:]:
@@ -199,7 +197,7 @@ def draw_speed_ups(path: Path, cells: Sequence[Cell]) -> None:
             }
             found = {
                 (cell["num_steps"], _describe_size((cell["dim"], cell["width"]))): (
-                    _entry(cell, method, over)
+                    speed_up(cell["methods"], method, over)
                 )
                 for cell in select(chosen, batch_size=batch_size)
             }
@@ -212,12 +210,6 @@ def draw_speed_ups(path: Path, cells: Sequence[Cell]) -> None:
 
 def _describe_size(size: tuple[int, int]) -> str:
     return f"{size[0]}, {size[1]}"
-
-
-def _entry(cell: Cell, method: str, over: str) -> Entry:
-    if not {method, over} <= cell["methods"].keys():
-        return "none"
-    return speed_up(cell["methods"], method, over)
 
 
 def draw_work_precision(path: Path, cells: Sequence[Cell]) -> None:
@@ -239,7 +231,7 @@ def draw_work_precision(path: Path, cells: Sequence[Cell]) -> None:
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("error of the final state, relative")
     axes[-1].legend(fontsize="small")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:

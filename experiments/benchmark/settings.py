@@ -2,19 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, get_args
 
-from experiments.benchmark.methods import BASELINE, METHODS, MODES, MethodName
 from experiments.common.command_line import by_platform
-from experiments.common.errors import ExperimentError, check_limits, check_lists
+from experiments.common.errors import ExperimentError, check_choice, check_lists
+from experiments.common.measurement import CellsConfig
+from experiments.common.solvers import BASELINE, BENCHMARKED, MethodName
 
 GroupName = Literal["mlp", "fits", "hnn", "cnf", "gru", "matched"]
-GROUPS: tuple[GroupName, ...] = ("mlp", "fits", "hnn", "cnf", "gru", "matched")
+GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 ModeName = Literal["forward", "gradient"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(CellsConfig):
     """Measures how fast everything is, against diffrax and against what is written by
     hand.
 
@@ -27,33 +28,19 @@ class Config:
         batch_sizes: Numbers of initial values; several are solved under `jax.vmap`.
         steps: Numbers of steps of the multilayer perceptron.
         fit_steps: Numbers of steps of the fits to 100 observations.
-        repeats: Timed calls of each method, at most; they take turns.
-        cell_seconds: What all timed calls of a cell may take together, the headlines
-            apart. At least one is made of each method.
-        most_seconds: All but the baseline is left out where one call is expected to
-            take longer, from the next smaller number of steps.
-        most_gigabytes: What needs more memory is left out.
-        resume: Go on with the interrupted measurement.
-        out: Where to write the results; pictures are written beside them.
-        smoke: Only a quick check that everything runs.
     """
 
     groups: tuple[GroupName, ...] = GROUPS
-    methods: tuple[MethodName, ...] = tuple(METHODS)
+    methods: tuple[MethodName, ...] = BENCHMARKED
     modes: tuple[ModeName, ...] = ("forward", "gradient")
     sizes: tuple[tuple[int, int], ...] = ((2, 32), (2, 64), (8, 64), (16, 128))
     batch_sizes: tuple[int, ...] = by_platform((1, 16, 128), (1, 16, 128, 1024))
     steps: tuple[int, ...] = (32, 128, 512, 2048)
     fit_steps: tuple[int, ...] = (400, 1000, 2000)
     repeats: int = 20
-    cell_seconds: float = 20.0
-    most_seconds: float = 8.0
-    most_gigabytes: float = 8.0
-    resume: bool = False
     out: Path = Path("runs/benchmark/results.json")
-    smoke: bool = False
 
-    def reduced(self) -> "Config":
+    def reduced(self) -> Self:
         """The same measurement, small enough to take a minute."""
         return dataclasses.replace(
             self,
@@ -67,11 +54,8 @@ class Config:
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
-        for name in ("groups", "methods", "modes", "sizes"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                msg = f"--{name} needs at least one value, and none twice."
-                raise ExperimentError(msg)
+        super().check()
+        check_choice(self, "groups", "methods", "modes", "sizes")
         if BASELINE not in self.methods:
             msg = f"--methods needs {BASELINE}, with which all others are compared."
             raise ExperimentError(msg)
@@ -84,7 +68,3 @@ class Config:
             if count % 100:
                 msg = f"--fit-steps has {count}. Choose multiples of 100 observations."
                 raise ExperimentError(msg)
-        check_limits(self, "cell_seconds", "most_seconds", "most_gigabytes")
-
-
-__all__ = ["GROUPS", "MODES", "Config", "GroupName", "ModeName"]

@@ -6,12 +6,18 @@ for tables (`detail`) and, if it was too slow, `expected_seconds`.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
-from experiments.common.timing import Compiled, compile_ahead, quartiles, take_turns
+from experiments.common.timing import (
+    Compiled,
+    compile_ahead,
+    describe_seconds,
+    quartiles,
+    take_turns,
+)
 
 
 @dataclasses.dataclass
@@ -51,15 +57,48 @@ def expected_seconds(measured: dict[str, Any], ratio: float) -> float | None:
     return ratio * median / 1000
 
 
+def reason_to_skip(
+    name: str,
+    cell: dict[str, Any],
+    cells: Iterable[dict[str, Any]],
+    max_seconds: float,
+) -> dict[str, Any] | None:
+    """Why a method is left out before anything is compiled, if it is.
+
+    Args:
+        name: the method.
+        cell: where: all that tells it from other cells, `num_steps` among it.
+        cells: those measured before.
+        max_seconds: what one call may take, judged by the next smaller number of
+            steps.
+    """
+    others = {key: value for key, value in cell.items() if key != "num_steps"}
+    shorter = [
+        each
+        for each in cells
+        if others.items() <= each.items()
+        and each["num_steps"] < cell["num_steps"]
+        and name in each["methods"]
+    ]
+    if not shorter:
+        return None
+    longest = max(shorter, key=lambda each: each["num_steps"])
+    ratio = cell["num_steps"] / longest["num_steps"]
+    expected = expected_seconds(longest["methods"][name], ratio)
+    if expected is None or expected <= max_seconds:
+        return None
+    return too_slow(expected)
+
+
 def prepare(
-    function: Callable, arguments: tuple[Any, ...], most_gigabytes: float
+    function: Callable, arguments: tuple[Any, ...], max_gigabytes: float
 ) -> Prepared | dict[str, Any]:
     """Compiles and calls a function of `jax.jit`, if it fits into the memory.
 
     Args:
         function: what to compile.
         arguments: what for.
-        most_gigabytes: how much memory it may need beside its arguments.
+        max_gigabytes: how much memory it may need beside its arguments.
 
     Returns:
         The compiled function; or, where it was not called, its entry.
@@ -68,7 +107,7 @@ def prepare(
         compiled = compile_ahead(function, arguments)
         memory = compiled.function.memory_analysis()
         needed = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
-        if needed > most_gigabytes:
+        if needed > max_gigabytes:
             return too_large(f"{needed:.0f} GB needed")
         begin = time.perf_counter()
         value = compiled.call()
@@ -76,11 +115,6 @@ def prepare(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return too_large("too little memory")
-    except ValueError as error:
-        # The library refuses more Jacobians than fit into any memory.
-        if "too many to hold" not in str(error):
-            raise
-        return too_large("too many Jacobians")
     return Prepared(compiled, value, time.perf_counter() - begin)
 
 
@@ -102,18 +136,51 @@ def take_affordable_turns(
     take_turns(compiled, int(min(max(affordable, 1), repeats)))
 
 
+def measure_methods(
+    prepared: Iterable[tuple[str, Prepared | dict[str, Any]]],
+    describe: Callable[[str, Prepared], dict[str, Any]],
+    seconds: float,
+    repeats: int,
+) -> dict[str, dict[str, Any]]:
+    """Compiles the methods of a cell, describes what they return, and times them.
+
+    Args:
+        prepared: names, with what `prepare` returns; made one after another.
+        describe: what to keep of the first call of a method beside its timings.
+        seconds: see `take_affordable_turns`.
+        repeats: see `take_affordable_turns`.
+
+    Returns:
+        By name, what is kept of the method, or why it was left out.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    timed: dict[str, Prepared] = {}
+    for name, found in prepared:
+        if isinstance(found, dict):
+            entries[name] = found
+            continue
+        timed[name] = found
+        compile_seconds = {"compile_seconds": found.compiled.compile_seconds}
+        entries[name] = compile_seconds | describe(name, found)
+    take_affordable_turns(list(timed.values()), seconds, repeats)
+    for name, each in timed.items():
+        entries[name]["seconds"] = each.compiled.seconds
+    return entries
+
+
 def speed_up(methods: dict[str, dict[str, Any]], name: str, over: str) -> float | str:
     """How often faster than another method, or in a word why that is not known."""
     for each in (name, over):
+        if each not in methods:
+            return "none"
         if "skipped" in methods[each]:
             return methods[each]["skipped"]["why"]
     own, other = (quartiles(methods[each]["seconds"])[1] for each in (name, over))
     return other / own
 
 
-def describe_time(method: dict[str, Any]) -> str:
+def describe_time(method: dict[str, Any], spec: str = ".3g") -> str:
     """Median and quartiles in milliseconds, or why there are none."""
     if "skipped" in method:
         return f"left out: {method['skipped']['detail']}"
-    first, median, third = quartiles(method["seconds"])
-    return f"{median:.3g} [{first:.3g}, {third:.3g}]"
+    return describe_seconds(method["seconds"], spec)

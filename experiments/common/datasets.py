@@ -6,31 +6,28 @@ Two data sets are known to `load`:
 - `mnist`: the original MNIST files, 28x28 pixels, downloaded on first use.
 
 TFDS prepares each once below a data directory and reads it back with random access.
-An interrupted preparation leaves only an `incomplete.*` folder, which is never read.
 """
 
-import fnmatch
+import dataclasses
 import gzip
-import json
-import os
-import queue
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import requests
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32, Int64, UInt8
 
-Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
+from experiments.common.errors import ExperimentError
+from experiments.common.preparation import (
+    check_obtainable,
+    prepared,
+    read_examples,
+)
 
 _NUM_CLASSES = 10
-_CONNECTION_TIMEOUT = 3.0  # seconds
 
 
 def _info(
@@ -74,70 +71,6 @@ def _read_idx(path: Path, num_axes: int) -> UInt8[np.ndarray, "..."]:
         )
         raise ValueError(msg)
     return values
-
-
-def _find_connection_error(url: str) -> Exception | None:
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def probe() -> None:
-        try:
-            requests.head(url, timeout=_CONNECTION_TIMEOUT).raise_for_status()
-        except requests.RequestException as error:
-            outcome.put(error)
-        else:
-            outcome.put(None)
-
-    # The timeout of `requests` does not cover the name look-up, which cannot be
-    # interrupted either; a daemon thread holds up neither this function nor the exit.
-    threading.Thread(target=probe, daemon=True).start()
-    try:
-        return outcome.get(timeout=_CONNECTION_TIMEOUT)
-    except queue.Empty:
-        return TimeoutError(f"no answer within {_CONNECTION_TIMEOUT:g} s")
-
-
-def _files(folder: Path, pattern: str) -> Iterator[Path]:
-    # Not `rglob`: it fails when a download in the background removes its folder.
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in fnmatch.filter(names, pattern))
-
-
-def _downloaded_urls(download_dir: Path) -> set[str]:
-    """Reads the `INFO` files that TFDS writes next to complete downloads."""
-    infos = _files(download_dir, "*.INFO")
-    complete = [info for info in infos if info.with_suffix("").exists()]
-    return {url for info in complete for url in json.loads(info.read_text())["urls"]}
-
-
-def check_obtainable(
-    name: str, url: str, files: Sequence[str], download_dir: Path
-) -> None:
-    """Raises an error at once if files have to be downloaded and cannot be.
-
-    Args:
-        name: the data set.
-        url: the address of the folder with the files.
-        files: their names.
-        download_dir: where TFDS keeps downloads.
-    """
-    # TFDS takes a file from this folder if there is one of the right name.
-    manual_dir = download_dir / "manual"
-    downloaded = _downloaded_urls(download_dir)
-    missing = [
-        file
-        for file in files
-        if url + file not in downloaded and not (manual_dir / file).exists()
-    ]
-    if not missing:
-        return
-    error = _find_connection_error(url + missing[0])
-    if error is not None:
-        msg = (
-            f"{name} cannot be downloaded: {url} cannot be reached. Use "
-            f"`--dataset digits`, which needs no network, or put "
-            f"{', '.join(missing)} into {manual_dir}."
-        )
-        raise ConnectionError(msg) from error
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -208,50 +141,6 @@ class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 _BUILDERS: dict[str, type[Digits] | type[Mnist]] = {"digits": Digits, "mnist": Mnist}
 
 
-def prepared(
-    builder_type: Callable[..., Builder], data_dir: Path, has_checksums: bool
-) -> Builder:
-    """Prepares a data set if this is the first time.
-
-    Args:
-        builder_type: makes its builder.
-        data_dir: where TFDS keeps downloads and prepared data.
-        has_checksums: whether TFDS ships checksums of its files, and checks them.
-
-    Returns:
-        A builder of what is on the disk.
-    """
-    builder = builder_type(data_dir=data_dir)
-    download_config = tfds.download.DownloadConfig(
-        try_download_gcs=False,
-        # TFDS checks what it knows; should it stop shipping the checksums, this refuses
-        # the files rather than take them unchecked.
-        force_checksums_validation=has_checksums,
-    )
-    try:
-        # Not Parquet, which silently loses rows.
-        builder.download_and_prepare(
-            download_config=download_config, file_format="array_record"
-        )
-    except OSError:
-        # Another process may have prepared the same data in the meantime, in which case
-        # the final renaming fails.
-        if not builder.data_path.exists():
-            raise
-    # Anew, to describe what is on disk now, whichever process wrote it.
-    return builder_type(data_dir=data_dir)
-
-
-def read_examples(
-    builder: tfds.core.DatasetBuilder, split: str
-) -> Sequence[dict[str, Any]]:
-    """All examples of a split, in the same order every time."""
-    # A decorator of TFDS's hides the parameters from the type checker.
-    source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-    # One call for all examples takes half the time of iteration.
-    return source.__getitems__(range(len(source)))
-
-
 def _read(
     builder: Digits | Mnist, split: str
 ) -> tuple[Float32[np.ndarray, "example feature"], Int32[np.ndarray, " example"]]:
@@ -261,16 +150,48 @@ def _read(
     return images.astype(np.float32) / np.float32(builder.max_pixel), labels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification problem in memory, the images flattened and scaled to [0, 1]."""
+    """A classification problem in memory: images, flattened and scaled to [0, 1], or
+    sequences.
+    """
 
     name: str
     num_classes: int
-    train_images: Float32[np.ndarray, "example feature"]
+    train_xs: Float32[np.ndarray, "example ..."]
     train_labels: Int32[np.ndarray, " example"]
-    test_images: Float32[np.ndarray, "example feature"]
+    test_xs: Float32[np.ndarray, "example ..."]
     test_labels: Int32[np.ndarray, " example"]
+
+    def thinned(self, length: int) -> "Dataset":
+        """The same with so many steps of the sequences, evenly spaced from the first.
+
+        Raises:
+            ExperimentError: there are not so many.
+        """
+        full = self.train_xs.shape[1]
+        if not 1 <= length <= full:
+            msg = (
+                f"--length is {length}, but the sequences of {self.name} have {full} "
+                f"steps. Choose from 1 to {full}."
+            )
+            raise ExperimentError(msg)
+        kept = slice(0, length * (full // length), full // length)
+        return dataclasses.replace(
+            self, train_xs=self.train_xs[:, kept], test_xs=self.test_xs[:, kept]
+        )
+
+    def with_tests(self, number: int) -> "Dataset":
+        """The same with no more than the first `number` examples to test on."""
+        xs, labels = self.test_xs[:number], self.test_labels[:number]
+        return dataclasses.replace(self, test_xs=xs, test_labels=labels)
+
+    def batches_from(
+        self, batch_size: int, seed: int, start_step: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of training examples and labels without end; see `batches`."""
+        for indices in batches(len(self.train_xs), batch_size, seed, start_step):
+            yield self.train_xs[indices], self.train_labels[indices]
 
 
 def load(name: str, data_dir: Path) -> Dataset:
@@ -292,16 +213,8 @@ def load(name: str, data_dir: Path) -> Dataset:
         msg = f"Unknown data set {name!r}. Choose one of: {', '.join(_BUILDERS)}."
         raise ValueError(msg)
     builder = prepared(_BUILDERS[name], data_dir, has_checksums=True)
-    train_images, train_labels = _read(builder, "train")
-    test_images, test_labels = _read(builder, "test")
-    return Dataset(
-        name=name,
-        num_classes=_NUM_CLASSES,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-    )
+    train, test = _read(builder, "train"), _read(builder, "test")
+    return Dataset(name, _NUM_CLASSES, *train, *test)
 
 
 def batches(

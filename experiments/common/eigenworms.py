@@ -15,8 +15,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32
 
-from experiments.common.datasets import check_obtainable, prepared, read_examples
 from experiments.common.errors import ExperimentError
+from experiments.common.preparation import (
+    check_obtainable,
+    prepared,
+    read_examples,
+)
 
 LENGTH, NUM_FEATURES, NUM_CLASSES = 17984, 6, 5
 NUM_TRAIN, NUM_TEST = 128, 131

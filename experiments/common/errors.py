@@ -1,5 +1,6 @@
 """What can go wrong by no fault of the program."""
 
+import math
 from typing import Any
 
 
@@ -12,18 +13,35 @@ def check_lists(config: Any, *names: str) -> None:
     for name in names:
         values = getattr(config, name)
         if not values or min(values) < 1 or len(set(values)) < len(values):
-            flag = f"--{name.replace('_', '-')}"
-            msg = f"{flag} needs at least one number, from 1 on, and none twice."
+            msg = f"{_flag(name)} needs at least one number, from 1 on, and none twice."
             raise ExperimentError(msg)
 
 
-def check_limits(config: Any, *names: str) -> None:
-    """Raises unless these settings are positive, and there are `repeats`."""
-    if config.repeats < 1:
-        msg = f"--repeats is {config.repeats}. Choose at least 1."
-        raise ExperimentError(msg)
+def check_least(config: Any, **bounds: int) -> None:
+    """Raises unless these settings are at least as large as said."""
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            msg = f"{_flag(name)} is {getattr(config, name)}. Choose at least {bound}."
+            raise ExperimentError(msg)
+
+
+def check_positive(config: Any, *names: str, finite: bool = True) -> None:
+    """Raises unless these settings are positive."""
     for name in names:
-        if not getattr(config, name) > 0:
-            flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
-            msg = f"{flag} is {value}. Choose a positive number."
+        value = getattr(config, name)
+        if not value > 0 or (finite and value == math.inf):
+            msg = f"{_flag(name)} is {value}. Choose a positive number."
             raise ExperimentError(msg)
+
+
+def check_choice(config: Any, *names: str) -> None:
+    """Raises if nothing is chosen, or something twice."""
+    for name in names:
+        chosen = getattr(config, name)
+        if not chosen or len(set(chosen)) < len(chosen):
+            msg = f"{_flag(name)} needs at least one value, and none of them twice."
+            raise ExperimentError(msg)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -8,16 +8,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import optax
 from jaxtyping import PyTree
 
-from experiments.common.errors import ExperimentError
+from experiments.common.errors import (
+    ExperimentError,
+    check_choice,
+    check_least,
+    check_positive,
+)
 from experiments.common.plotting import plot_training
 from experiments.common.results import Metric, collect_results, comparison_table
 from experiments.common.run_folder import RunFolder, Start
-from experiments.common.solvers import SOLVERS, SolverName
+from experiments.common.solvers import SOLVERS, SolverName, solve_options
 from experiments.common.training import Run, train
 
 # They do not change the outcome, so that a run may be resumed with others.
@@ -59,6 +64,34 @@ class BaseConfig:
             if name not in _NOT_SETTINGS
         }
 
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        check_least(self, steps=1, batch_size=1, evaluations=1, seed=0)
+        check_positive(self, "learning_rate")
+
+    def shrunk(self, **largest: int) -> Self:
+        """The same with these settings at most as large as said."""
+        largest |= {"steps": 4, "evaluations": 2}
+        small = {name: min(getattr(self, name), n) for name, n in largest.items()}
+        return dataclasses.replace(self, **small)
+
+    def check_batch_size(self, number: int, where: str) -> None:
+        """Raises an error if there are fewer examples than that to train with."""
+        if self.batch_size > number:
+            msg = (
+                f"--batch-size is {self.batch_size}, but {where} has {number} training "
+                f"examples. Choose at most that many."
+            )
+            raise ExperimentError(msg)
+
+    def adam(self) -> optax.GradientTransformation:
+        """Adam with a learning rate that decays to zero along a cosine."""
+        return optax.adam(self.schedule())
+
+    def schedule(self) -> optax.Schedule:
+        """The learning rate."""
+        return optax.cosine_decay_schedule(self.learning_rate, self.steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(BaseConfig):
@@ -76,45 +109,16 @@ class TrainingConfig(BaseConfig):
     atol: float = 1e-5
     num_steps: int = 4
 
+    def check(self) -> None:
+        """Raises an error that names the first setting that makes no sense."""
+        super().check()
+        check_least(self, num_steps=1)
+        check_positive(self, "rtol", "atol")
+        check_choice(self, "solver")
 
-def check_settings(config: TrainingConfig, smallest: dict[str, int]) -> None:
-    """Raises an error that names the first setting that makes no sense.
-
-    Args:
-        config: the settings; those of `TrainingConfig` are checked in any case.
-        smallest: the least values of further settings by name.
-    """
-    check_numbers(config, {"num_steps": 1} | smallest, ("rtol", "atol"))
-    check_choice("solver", config.solver)
-
-
-def check_numbers(
-    config: BaseConfig, smallest: dict[str, int], positive: Sequence[str] = ()
-) -> None:
-    """Raises an error that names the first number that makes no sense.
-
-    Args:
-        config: the settings; those of `BaseConfig` are checked in any case.
-        smallest: the least values of further settings by name.
-        positive: further settings that have to be positive and finite.
-    """
-    counts = dict.fromkeys(("steps", "batch_size", "evaluations"), 1)
-    for name, bound in (counts | {"seed": 0} | smallest).items():
-        if getattr(config, name) < bound:
-            msg = f"{_flag(name)} is {getattr(config, name)}. Choose at least {bound}."
-            raise ExperimentError(msg)
-    for name in ("learning_rate", *positive):
-        if not 0 < getattr(config, name) < math.inf:
-            value = getattr(config, name)
-            msg = f"{_flag(name)} is {value}. Choose a positive number."
-            raise ExperimentError(msg)
-
-
-def check_choice(name: str, chosen: Sequence[str]) -> None:
-    """Raises an error if nothing is chosen, or something twice."""
-    if not chosen or len(set(chosen)) < len(chosen):
-        msg = f"{_flag(name)} needs at least one {name}, and none of them twice."
-        raise ExperimentError(msg)
+    def solve_options(self) -> dict[SolverName, dict[str, Any]]:
+        """The arguments of `diffrax.diffeqsolve` in which the solvers differ."""
+        return solve_options(self.rtol, self.atol, self.num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,3 @@ def carry_out(experiment: Experiment, config: BaseConfig) -> dict[str, Any]:
         print(f"Resumed after step {steps}; all compilations are counted.")
     print(f"Results: {folder.results}, plot: {folder.plot}")
     return results
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

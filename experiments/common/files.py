@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -24,6 +24,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 200) -> None:
+    """Replaces a picture by a figure of matplotlib."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def set_aside(paths: Iterable[Path], folder: Path) -> Path:

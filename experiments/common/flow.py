@@ -23,7 +23,7 @@ _STEP = DURATION / 20  # the first of adaptive solvers
 
 # On a CPU the gradient of a short axis of tangents is slow: XLA sums over it by a
 # library whose calls take longer than all else.
-_MOST_UNROLLED = 4
+_MAX_UNROLLED = 4
 
 Point = Float[Array, " dim"]
 Scalar = Float[Array, ""]
@@ -154,7 +154,7 @@ class Flow(eqx.Module):
             return value, tangent @ probe
         value, push = jax.linearize(field, y)
         units = jnp.eye(self.dim, dtype=y.dtype)
-        if self.dim > _MOST_UNROLLED:
+        if self.dim > _MAX_UNROLLED:
             return value, jnp.trace(jax.vmap(push)(units))
         diagonal = (push(unit)[i] for i, unit in enumerate(units))
         return value, sum(diagonal, start=jnp.zeros((), y.dtype))

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.common.flow import Flow
-from experiments.common.solvers import count_work
 from experiments.common.training import TrainState
+from experiments.common.work import count_work
 
 # Twenty steps of order eight.
 _REFERENCE = {

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from experiments.common.densities import Samples
-from experiments.common.files import write_atomically
+from experiments.common.files import write_figure
 
 Points = Float[np.ndarray, "sample dim"]
 Values = Float[np.ndarray, "row column"]
@@ -95,4 +95,4 @@ def _scatter(
 
 
 def _write(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)

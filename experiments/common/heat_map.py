@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.common.files import write_atomically
+from experiments.common.files import write_figure
 
 # A ratio, or in a word why there is none.
 Entry = float | str
@@ -55,7 +55,7 @@ def draw_heat_maps(
     for ax in axes[:, 0]:
         ax.set_ylabel(labels[1])
     figure.colorbar(colors, ax=axes, label=labels[2], aspect=40, pad=0.01)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)
 
 
 def _fill(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments.common.files import write_atomically
+from experiments.common.files import write_figure
 from experiments.common.hamiltonian import HamiltonianNetwork, solve
 from experiments.common.plotting import STYLES
 from experiments.common.training import Run
@@ -69,4 +69,4 @@ def plot_orbits(
     axes[0].set_ylabel("y (units of length)")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2 + len(predictions))
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)

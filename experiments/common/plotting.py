@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common.files import write_atomically
+from experiments.common.files import write_figure
 from experiments.common.results import Metric
 from experiments.common.training import Record
 
@@ -60,7 +60,7 @@ def plot_training(
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    write_figure(path, figure)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

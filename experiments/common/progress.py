@@ -6,12 +6,19 @@ results themselves are written last.
 
 import dataclasses
 import json
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.common.checkpoint import check_same_config
 from experiments.common.errors import ExperimentError
 from experiments.common.results import write_json
+
+Cell = dict[str, Any]
+MODES = {"forward": "forward", "gradient": "value and gradient"}
 
 # What the cells of one measurement must have in common beside the settings: timings of
 # different machines cannot be compared. The commit may differ, and is kept.
@@ -31,7 +38,7 @@ class Progress:
 
     out: Path
     head: dict[str, Any]
-    cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    cells: list[Cell] = dataclasses.field(default_factory=list)
     resumed_at: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -68,10 +75,26 @@ class Progress:
             raise ExperimentError(msg) from error
         print(f"Resuming after {len(self.cells)} cells.")
 
-    def add(self, cell: dict[str, Any]) -> None:
-        """Keeps a cell, with the commit that it was measured at."""
-        self.cells.append(cell | {"commit": self.head["environment"]["commit"]})
-        write_json(self.path, self.results())
+    def measure(
+        self, cells: Iterable[Cell], measure: Callable[[Cell, list[Cell]], Cell]
+    ) -> None:
+        """Measures cells, but for those that are known.
+
+        Args:
+            cells: where: what tells each of them from others.
+            measure: maps that, and the cells measured before, to the measured cell.
+        """
+        commit = {"commit": self.head["environment"]["commit"]}
+        for cell in cells:
+            if any(cell.items() <= known.items() for known in self.cells):
+                continue
+            begin = time.perf_counter()
+            self.cells.append(measure(cell, self.cells) | commit)
+            write_json(self.path, self.results())
+            # Compiled functions of one cell are of no use to the next, but take memory.
+            jax.clear_caches()
+            seconds = time.perf_counter() - begin
+            print(f"{describe(cell)}: done in {seconds:.0f} s", flush=True)
 
     def results(self) -> dict[str, Any]:
         """What has been measured so far."""
@@ -80,6 +103,21 @@ class Progress:
     def finish(self) -> None:
         """Removes what is no longer needed once the results are written."""
         self.path.unlink(missing_ok=True)
+
+
+def describe(cell: Cell) -> str:
+    """The cell in words."""
+    name = cell.get("problem", cell.get("workload", ""))
+    words = [name.replace("_", " ")] if name else []
+    for key, form in (
+        ("dim", "D = {}"),
+        ("width", "width {}"),
+        ("num_steps", "{} steps"),
+        ("batch_size", "batch {}"),
+    ):
+        if key in cell:
+            words.append(form.format(cell[key]))
+    return ", ".join([*words, MODES[cell["mode"]]])
 
 
 def _decisive(head: dict[str, Any]) -> dict[str, Any]:

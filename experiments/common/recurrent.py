@@ -1,34 +1,19 @@
 """Recurrent cells over whole sequences: by `jax.lax.scan` and by DEER, in some ways."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from diffrax_deer import DEERRNN, ParallelForward, SequentialForward, deer_scan
+from diffrax_deer import DEERRNN, deer_scan
+from experiments.common.solvers import CHOICES, RECURRENT_BASELINE
 
 Cell = eqx.nn.GRUCell | eqx.nn.LSTMCell
 Inputs = Float[Array, "time input"]
 Layer = Callable[[Inputs], PyTree[Array]]
-MethodName = Literal["deer", "deer_sequential", "deer_newton", "scan"]
-
-METHODS: tuple[MethodName, ...] = ("deer", "deer_sequential", "deer_newton", "scan")
-# What all others are compared with.
-BASELINE: MethodName = "scan"
-LABELS = {
-    "deer": "deer",
-    "deer_sequential": "deer in sequence",
-    "deer_newton": "deer, Newton",
-    "scan": "lax.scan",
-}
-_FORWARD = {
-    "deer": None,
-    "deer_sequential": SequentialForward(),
-    "deer_newton": ParallelForward(),
-}
 
 
 def zero_state(cell: Cell) -> PyTree[Array]:
@@ -38,7 +23,7 @@ def zero_state(cell: Cell) -> PyTree[Array]:
 
 
 def run_cell(
-    method: MethodName, cell: Cell, xs: Inputs, throw: bool = True
+    method: str, cell: Cell, xs: Inputs, throw: bool = True
 ) -> tuple[PyTree[Array], Int[Array, ""] | None]:
     """The states after each step, and the number of Newton iterations.
 
@@ -50,31 +35,27 @@ def run_cell(
 
     Returns:
         The states with a leading axis `time`; and the iterations, zero if the steps
-        were made in sequence and `None` for `jax.lax.scan`.
+        were made one after another and `None` for `jax.lax.scan`.
     """
 
     def step(state: PyTree[Array], x: Array) -> tuple[PyTree[Array], PyTree[Array]]:
         state = cell(x, state)
         return state, state
 
-    if method == BASELINE:
+    if method == RECURRENT_BASELINE:
         return jax.lax.scan(step, zero_state(cell), xs)[1], None
+    options: dict[str, Any] = CHOICES[method]
     _, states, statistics = deer_scan(
-        step,
-        zero_state(cell),
-        xs,
-        forward=_FORWARD[method],
-        throw=throw,
-        return_statistics=True,
+        step, zero_state(cell), xs, throw=throw, return_statistics=True, **options
     )
     return states, statistics.num_iterations
 
 
-def make_layer(method: MethodName, cell: Cell) -> Layer:
+def make_layer(method: str, cell: Cell) -> Layer:
     """The cell as a layer of a network."""
-    if method == BASELINE:
+    if method == RECURRENT_BASELINE:
         return lambda xs: run_cell(method, cell, xs)[0]
-    return DEERRNN(cell, forward=_FORWARD[method])
+    return DEERRNN(cell, **CHOICES[method])
 
 
 def scaled(cell: Any, factor: float) -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,42 @@ def head(experiment: str, config: Any, dtype: str) -> dict[str, Any]:
     }
 
 
+def conclude(
+    experiment: str,
+    config: Any,
+    dtype: str,
+    table: Callable[[dict[str, Any]], str],
+    **found: Any,
+) -> dict[str, Any]:
+    """Writes and prints the results of a measurement, and returns them.
+
+    Args:
+        experiment: its name.
+        config: its settings.
+        dtype: in what precision.
+        table: makes a table of the results.
+        **found: what was measured. The largest `gradient_difference` anywhere in it is
+            one of the results, too.
+    """
+    results = head(experiment, config, dtype)
+    if differences := list(_values("gradient_difference", found)):
+        results["gradient_difference"] = max(differences)
+    results |= found
+    report(config.out, results, table(results))
+    return results
+
+
+def _values(key: str, tree: Any) -> Iterator[Any]:
+    """All values of that name, anywhere in lists and dictionaries."""
+    if isinstance(tree, dict):
+        if key in tree:
+            yield tree[key]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for part in tree:
+            yield from _values(key, part)
+
+
 def report(path: Path, results: dict[str, Any], table: str) -> None:
     """Writes and prints the results of measurements."""
     write_json(path, results)
@@ -175,6 +211,8 @@ def report(path: Path, results: dict[str, Any], table: str) -> None:
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays out a Markdown table, first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    # A rule to the right is a dash and a colon.
+    widths[1:] = [max(width, 2) for width in widths[1:]]
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = zip(cells, widths, strict=True)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float
 
 from experiments.common import datasets, eigenworms
+from experiments.common.datasets import Dataset
 from experiments.common.eigenworms import (
     LENGTH,
     NUM_CLASSES,
@@ -32,7 +33,6 @@ from experiments.common.eigenworms import (
     NUM_TRAIN,
     Examples,
 )
-from experiments.common.errors import ExperimentError
 
 SequenceName = Literal["digits", "mnist", "worms", "eigenworms"]
 
@@ -66,33 +66,7 @@ _CLASSES = (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sequences:
-    """A classification problem in memory."""
-
-    name: str
-    num_classes: int
-    train_xs: Float32[np.ndarray, "example time feature"]
-    train_labels: Int32[np.ndarray, " example"]
-    test_xs: Float32[np.ndarray, "example time feature"]
-    test_labels: Int32[np.ndarray, " example"]
-
-    def thinned(self, length: int) -> "Sequences":
-        """The same with so many of the steps, evenly spaced from the first on."""
-        full = self.train_xs.shape[1]
-        if not 1 <= length <= full:
-            msg = (
-                f"--length is {length}, but the sequences of {self.name} have {full} "
-                f"steps. Choose from 1 to {full}."
-            )
-            raise ExperimentError(msg)
-        kept = slice(0, length * (full // length), full // length)
-        return dataclasses.replace(
-            self, train_xs=self.train_xs[:, kept], test_xs=self.test_xs[:, kept]
-        )
-
-
-def load(name: SequenceName, data_dir: Path) -> Sequences:
+def load(name: SequenceName, data_dir: Path) -> Dataset:
     """Makes or reads the sequences of that name.
 
     Args:
@@ -110,22 +84,16 @@ def load(name: SequenceName, data_dir: Path) -> Sequences:
     if name == "worms":
         return _standardized(name, make_worms(NUM_TRAIN, 0), make_worms(NUM_TEST, 1))
     images = datasets.load(name, data_dir)
-    return Sequences(
-        name,
-        images.num_classes,
-        images.train_images[..., None],
-        images.train_labels,
-        images.test_images[..., None],
-        images.test_labels,
-    )
+    xs = {key: getattr(images, key)[..., None] for key in ("train_xs", "test_xs")}
+    return dataclasses.replace(images, **xs)
 
 
-def _standardized(name: str, train: Examples, test: Examples) -> Sequences:
+def _standardized(name: str, train: Examples, test: Examples) -> Dataset:
     """Every feature with mean zero and deviation one, over what is trained on."""
     xs, labels = train
     mean, deviation = xs.mean((0, 1)), xs.std((0, 1))
     scale = lambda xs: (xs - mean) / deviation
-    return Sequences(name, NUM_CLASSES, scale(xs), labels, scale(test[0]), test[1])
+    return Dataset(name, NUM_CLASSES, scale(xs), labels, scale(test[0]), test[1])
 
 
 def make_worms(number: int, seed: int, length: int = LENGTH) -> Examples:

@@ -1,90 +1,261 @@
-"""The solvers that the experiments compare, and what a solve with them costs."""
+"""The one registry: all that the experiments compare.
 
-from typing import Any, Literal, get_args
+`CHOICES` are ways to find a trajectory and to differentiate it, arguments of
+`DEERSolver`, `deer_scan` and `DEERRNN` alike. `METHODS` are ways to solve a
+differential equation or, where only names and labels are needed, a recurrence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import diffrax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from diffrax_deer import (
-    CoarsePredictor,
+    AbstractLinearization,
+    AbstractScan,
+    AssociativeScan,
+    ConstantPredictor,
     DEERAdjoint,
     DEERSolver,
-    ParallelForward,
-    SequentialForward,
+    DiagonalJacobian,
+    ExponentialRosenbrockEuler,
+    FullJacobian,
+    Newton,
+    ParallelGradient,
+    Picard,
+    PiecewiseConstant,
+    Sequential,
+    SequentialGradient,
+    SequentialScan,
     WholeInterval,
 )
 
+# What is trained with, what is benchmarked, and what recurrent networks run with.
 SolverName = Literal["deer", "deer_newton", "deer_sequential", "dopri5", "tsit5"]
+MethodName = Literal[
+    "dopri5",
+    "tsit5",
+    "dopri5_direct",
+    "dopri5_backsolve",
+    "dopri5_step_to",
+    "dopri5_pid",
+    "tsit5_pid",
+    "scan_rk45",
+    "deer",
+    "deer_sequential",
+    "deer_newton",
+    "deer_newton_warm",
+    "paper",
+    "floor",
+]
+RecurrentName = Literal["deer", "deer_sequential", "deer_newton", "scan"]
 SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
+BENCHMARKED: tuple[MethodName, ...] = get_args(MethodName)
+RECURRENT: tuple[RecurrentName, ...] = get_args(RecurrentName)
+# What all others are compared with.
+BASELINE: MethodName = "dopri5"
+RECURRENT_BASELINE: RecurrentName = "scan"
+
+LINEARIZATIONS: dict[str, AbstractLinearization] = {
+    "PiecewiseConstant": PiecewiseConstant(),
+    "FullJacobian": FullJacobian(),
+    "DiagonalJacobian": DiagonalJacobian(),
+    "Picard": Picard(),
+}
+
+SCANS: dict[str, AbstractScan] = {
+    "sequential": SequentialScan(),
+    "associative": AssociativeScan(),
+}
+
+_PARALLEL = {"gradient": ParallelGradient()}
+CHOICES: dict[str, dict[str, Any]] = {
+    "deer": {},
+    "deer_sequential": {"method": Sequential()} | _PARALLEL,
+    "deer_sequential_gradient": {
+        "method": Sequential(),
+        "gradient": SequentialGradient(),
+    },
+    "deer_newton": {"method": Newton()} | _PARALLEL,
+    "deer_newton_constant": {"method": Newton(predictor=ConstantPredictor())}
+    | _PARALLEL,
+}
+
+
+class Interval(NamedTuple):
+    """What is to be solved over, and how finely.
+
+    Attributes:
+        t0: where it begins.
+        t1: where it ends, perhaps before `t0`.
+        num_steps: steps of equal length. An adaptive solver begins with one of them, or
+            chooses for itself if it is `None`.
+        rtol: relative tolerance of an adaptive solver.
+        atol: absolute tolerance of an adaptive solver.
+    """
+
+    t0: float
+    t1: float
+    num_steps: int | None
+    rtol: Any = None
+    atol: Any = None
+
+    @property
+    def known_steps(self) -> int:
+        """The number of steps where there has to be one."""
+        assert self.num_steps is not None
+        return self.num_steps
+
+
+# The arguments of `diffrax.diffeqsolve` that decide about steps.
+Control = Callable[[Interval], dict[str, Any]]
+
+
+def equal_steps(interval: Interval) -> dict[str, Any]:
+    """The fastest way to make equal steps, up to several times faster than `StepTo`.
+
+    Rounding of the times can make one more step, of almost no length. Some more are
+    allowed for: with 401, of 400, diffrax's default adjoint of a fit of FitzHugh-Nagumo
+    is wrong in the fifth digit, that of `DirectAdjoint` is not.
+    """
+    return {
+        "stepsize_controller": diffrax.ConstantStepSize(),
+        "dt0": (interval.t1 - interval.t0) / interval.known_steps,
+        "max_steps": interval.known_steps + 16,
+    }
+
+
+def on_grid(interval: Interval) -> dict[str, Any]:
+    """Equal steps to given times."""
+    grid = jnp.linspace(interval.t0, interval.t1, interval.known_steps + 1)
+    controller = diffrax.StepTo(grid)
+    return {
+        "stepsize_controller": controller,
+        "dt0": None,
+        "max_steps": interval.known_steps,
+    }
+
+
+def whole_interval(interval: Interval) -> dict[str, Any]:
+    """One window of equal steps."""
+    del interval
+    return {"stepsize_controller": WholeInterval(), "dt0": None}
+
+
+def adaptive(interval: Interval) -> dict[str, Any]:
+    """Steps that a controller chooses by the tolerance."""
+    rtol, atol, count = interval.rtol, interval.atol, interval.num_steps
+    first = None if count is None else (interval.t1 - interval.t0) / count
+    return {
+        "stepsize_controller": diffrax.PIDController(rtol=rtol, atol=atol),
+        "dt0": first,
+        "max_steps": max(4096, 16 * (count or 0)),
+    }
+
+
+def _tight(interval: Interval) -> dict[str, Any]:
+    chosen = adaptive(interval._replace(rtol=1e-12, atol=1e-12))
+    return chosen | {"max_steps": 100_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to solve.
+
+    Attributes:
+        label: what to call it in tables.
+        solver: a solver of diffrax; `None` if the steps are written by hand.
+        control: which steps it makes.
+        adjoint: how `diffrax.diffeqsolve` is differentiated.
+        warm: whether it goes on from the solution before a step of training.
+    """
+
+    label: str
+    solver: diffrax.AbstractSolver | None = None
+    control: Control = equal_steps
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint()
+    warm: bool = False
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it chooses its steps by a tolerance."""
+        return self.control is adaptive
+
+    def options(self, interval: Interval) -> dict[str, Any]:
+        """The arguments in which calls of `diffrax.diffeqsolve` differ."""
+        solver = self.solver
+        if self.control is whole_interval:
+            assert isinstance(solver, DEERSolver)
+            solver = dataclasses.replace(solver, num_steps=interval.known_steps)
+        return {"solver": solver, "adjoint": self.adjoint} | self.control(interval)
+
+
+def _deer(label: str, choice: str, *solver: Any, warm: bool = False) -> Method:
+    solves = DEERSolver(*solver, **CHOICES[choice])
+    return Method(label, solves, whole_interval, DEERAdjoint(), warm)
+
+
+_DOPRI5, _TSIT5 = diffrax.Dopri5(), diffrax.Tsit5()
+METHODS: dict[str, Method] = {
+    BASELINE: Method("Dopri5", _DOPRI5),
+    "tsit5": Method("Tsit5", _TSIT5),
+    "dopri5_direct": Method(
+        "Dopri5, DirectAdjoint", _DOPRI5, adjoint=diffrax.DirectAdjoint()
+    ),
+    "dopri5_backsolve": Method(
+        "Dopri5, BacksolveAdjoint", _DOPRI5, adjoint=diffrax.BacksolveAdjoint()
+    ),
+    "dopri5_step_to": Method("Dopri5, StepTo", _DOPRI5, on_grid),
+    "dopri5_pid": Method("Dopri5, PID", _DOPRI5, adaptive),
+    "tsit5_pid": Method("Tsit5, PID", _TSIT5, adaptive),
+    "scan_rk45": Method("lax.scan by hand"),
+    "deer": _deer("deer", "deer"),
+    "deer_sequential": _deer("deer, sequential steps", "deer_sequential"),
+    "deer_sequential_gradient": _deer(
+        "deer, sequential steps and gradient", "deer_sequential_gradient"
+    ),
+    "deer_newton": _deer("deer, Newton", "deer_newton"),
+    "deer_newton_constant": _deer(
+        "deer, Newton, constant guess", "deer_newton_constant"
+    ),
+    "deer_newton_warm": _deer("deer, Newton, warm", "deer_newton", warm=True),
+    "paper": _deer("scheme of the paper", "deer_newton", ExponentialRosenbrockEuler()),
+    "reference": Method("Dopri8", diffrax.Dopri8(), _tight),
+    "floor": Method("all steps once"),
+    RECURRENT_BASELINE: Method("lax.scan"),
+}
+LABELS = {name: method.label for name, method in METHODS.items()}
+
+
+def windows(num_steps: int, adjoint: diffrax.AbstractAdjoint) -> Method:
+    """Windows of so many steps each, which a controller chooses.
+
+    As many steps in all as another adaptive solver may make.
+    """
+    count = {"max_steps": max(1, 4096 // num_steps)}
+    control = lambda interval: adaptive(interval) | count
+    label = f"deer, windows of {num_steps}"
+    return Method(label, DEERSolver(num_steps=num_steps), control, adjoint)
 
 
 def solve_options(
     rtol: float, atol: float, num_steps: int
 ) -> dict[SolverName, dict[str, Any]]:
-    """The arguments of `diffrax.diffeqsolve` in which the solvers differ.
+    """What trainings compare: arguments of `diffrax.diffeqsolve`, without `dt0`.
+
+    Sequential solvers choose their steps, the first of which each experiment gives.
 
     Args:
         rtol: relative tolerance of the sequential solvers.
         atol: absolute tolerance of the sequential solvers.
         num_steps: number of steps of Dopri5 into which DEER divides the interval.
     """
-    adaptive = diffrax.PIDController(rtol=rtol, atol=atol)
-    deer = lambda forward: {
-        "solver": DEERSolver(num_steps=num_steps, forward=forward),
-        "stepsize_controller": WholeInterval(),
-        "adjoint": DEERAdjoint(),
-    }
-    return {
-        "deer": deer(None),
-        "deer_newton": deer(ParallelForward()),
-        "deer_sequential": deer(SequentialForward()),
-        "dopri5": {"solver": diffrax.Dopri5(), "stepsize_controller": adaptive},
-        "tsit5": {"solver": diffrax.Tsit5(), "stepsize_controller": adaptive},
-    }
-
-
-def count_work(
-    solver: Any, solution: diffrax.Solution, state_dim: int
-) -> tuple[Array, Array | None]:
-    """Counts evaluations of the vector field in one solve, derivatives left out.
-
-    An explicit Runge-Kutta step evaluates the field once a stage; where the first stage
-    is the last of the step before (FSAL), it is free from the second step on. Rejected
-    steps count.
-
-    A Newton iteration of DEER evaluates, on each of its steps, every stage, and the
-    Jacobian of the field by forward-mode differentiation, of which each column counts
-    as one evaluation. Every stage of every step is evaluated once more to verify the
-    result, and those of one step in `stride` to predict it from a cold start:
-
-        iterations * num_steps * (stages + columns)
-            + (num_steps + ceil(num_steps / stride)) * stages
-
-    A solve without iterations has taken the steps in sequence.
-
-    Args:
-        solver: what the solution was computed with.
-        solution: the solution, with the state of the solver saved at the end.
-        state_dim: dimension of the ODE.
-
-    Returns:
-        The number of evaluations, and the number of Newton iterations or `None` for a
-        solver that does not iterate.
-    """
-    if isinstance(solver, DEERSolver):
-        state: Any = solution.solver_state
-        iterations = state.num_iterations
-        stages = _num_stages(solver.solver)
-        num_leaps = -(-solver.num_steps // CoarsePredictor().stride)
-        iterating = solver.num_steps * iterations * (stages + state_dim)
-        iterating += (solver.num_steps + num_leaps) * stages
-        in_sequence = solver.num_steps * stages
-        return jnp.where(iterations == 0, in_sequence, iterating), iterations
-    num_steps = jnp.asarray(solution.stats["num_steps"])
-    is_fsal = bool(solver.tableau.fsal)
-    return num_steps * (_num_stages(solver) - is_fsal) + is_fsal, None
-
-
-def _num_stages(solver: Any) -> int:
-    return int(solver.tableau.num_stages)
+    chosen = {"dopri5": "dopri5_pid", "tsit5": "tsit5_pid"}
+    found: dict[SolverName, dict[str, Any]] = {}
+    for name in SOLVERS:
+        method = METHODS[chosen.get(name, name)]
+        found[name] = method.options(Interval(0.0, 1.0, num_steps, rtol, atol))
+        del found[name]["dt0"]
+    return found

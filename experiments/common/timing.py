@@ -56,35 +56,16 @@ def take_turns(functions: Iterable[Compiled], repeats: int) -> None:
             function.seconds.append(time.perf_counter() - begin)
 
 
-def compile_and_time(
-    functions: dict[str, tuple[Callable, tuple[Any, ...]]], repeats: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Compiles all functions, then calls them in turns.
-
-    Args:
-        functions: jitted functions and their arguments by name.
-        repeats: number of timed calls of each; one more before them is not timed.
-
-    Returns:
-        By name, `compile_seconds` (tracing and lowering included) with `seconds`, a
-        list; and by name what the functions returned.
-    """
-    compiled, values = {}, {}
-    for name, (function, arguments) in functions.items():
-        compiled[name] = compile_ahead(function, arguments)
-        values[name] = compiled[name].call()
-    take_turns(compiled.values(), repeats)
-    timings = {
-        name: {"compile_seconds": each.compile_seconds, "seconds": each.seconds}
-        for name, each in compiled.items()
-    }
-    return timings, values
-
-
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
     """The quartiles of timings, in milliseconds."""
     first, median, third = (1000 * np.percentile(seconds, (25, 50, 75))).tolist()
     return first, median, third
+
+
+def describe_seconds(seconds: list[float], spec: str = ".3g") -> str:
+    """Median and quartiles of timings in milliseconds, as they stand in a table."""
+    first, median, third = (format(value, spec) for value in quartiles(seconds))
+    return f"{median} [{first}, {third}]"
 
 
 def largest_difference(found: PyTree[Array], reference: PyTree[Array]) -> float:

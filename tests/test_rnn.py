@@ -16,8 +16,10 @@ from diffrax_deer import (
     DEERRNN,
     AssociativeScan,
     DiagonalJacobian,
-    ParallelForward,
-    SequentialForward,
+    MatrixFreeGradient,
+    Newton,
+    ParallelGradient,
+    Sequential,
 )
 
 from .helpers import relative_error, weighted_loss
@@ -31,16 +33,13 @@ _CELLS = {
 }
 _HOW: dict[str, dict[str, Any]] = {
     "default": {},
-    "newton": {"forward": ParallelForward()},
+    "newton": {"method": Newton(), "gradient": ParallelGradient()},
     "diagonal": {
-        "forward": ParallelForward(),
-        "linearization": DiagonalJacobian(),
-        "scan": AssociativeScan(),
-        "rtol": 1e-13,
+        "method": Newton(DiagonalJacobian(), AssociativeScan(), rtol=1e-13),
+        "gradient": MatrixFreeGradient(rtol=1e-13),
     },
 }
 each_cell = pytest.mark.parametrize("name", _CELLS)
-each_way = pytest.mark.parametrize("how", _HOW.values(), ids=_HOW.keys())
 
 
 def _start(cell: Any) -> PyTree[Array]:
@@ -67,27 +66,12 @@ def _loss(states: PyTree[Array]) -> Array:
     return jnp.sum(jnp.stack(losses))
 
 
-@each_cell
-@each_way
-def test_the_states_are_those_of_a_loop_over_the_cell(name, how):
-    cell = _CELLS[name]
-    found = eqx.filter_jit(DEERRNN(cell, **how))(_XS)
-    expected = _loop(cell, _XS, _start(cell))
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    assert relative_error(found, expected) < 1e-12
-
-
-@each_cell
-def test_it_starts_where_it_is_told_to(name):
-    cell = _CELLS[name]
-    init = jax.tree.map(lambda x: x + 0.5, _start(cell))
-    found = eqx.filter_jit(DEERRNN(cell))(_XS, init)
-    assert relative_error(found, _loop(cell, _XS, init)) < 1e-14
-
-
-@each_cell
-@pytest.mark.parametrize("how", ["default", "newton"])
-def test_its_gradient_is_that_of_lax_scan(name, how):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in _CELLS for how in ("default", "newton")]
+    + [("lstm", "diagonal")],
+)
+def test_states_and_gradient_are_those_of_lax_scan_over_the_cell(name, how):
     @eqx.filter_jit
     @ft.partial(eqx.filter_grad, has_aux=True)
     def gradient(model, xs, run):
@@ -96,23 +80,31 @@ def test_its_gradient_is_that_of_lax_scan(name, how):
         return _loss(states), states
 
     cell = _CELLS[name]
-    layer = DEERRNN(cell, **_HOW[how])
+    # Without an initial state it starts with zeros.
     found, states = gradient(
-        (layer, _start(cell)), _XS, lambda layer, xs, init: layer(xs, init)
+        (DEERRNN(cell, **_HOW[how]), None), _XS, lambda layer, xs, init: layer(xs, init)
     )
     expected, wanted = gradient((cell, _start(cell)), _XS, _scan)
-    # The weights of the cell are the only parameters of the layer.
-    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    assert jax.tree.structure(states) == jax.tree.structure(wanted)
     assert relative_error(states, wanted) < 1e-12
+    # The weights of the cell are the only parameters of the layer.
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected[0])
     assert relative_error(found, expected) < 1e-11
 
 
-@pytest.mark.parametrize("how", ["default", "newton"])
-def test_layers_are_stacked_by_composition_and_read_in_both_directions(how):
-    first, second, third = (
+@each_cell
+def test_initial_state_is_where_a_loop_over_the_cell_starts(name):
+    cell = _CELLS[name]
+    init = jax.tree.map(lambda x: x + 0.5, _start(cell))
+    found = eqx.filter_jit(DEERRNN(cell))(_XS, init)
+    assert relative_error(found, _loop(cell, _XS, init)) < 1e-14
+
+
+def test_layers_are_stacked_by_composition_and_read_in_both_directions():
+    cells = [
         eqx.nn.GRUCell(size, 4, key=jax.random.key(i))
         for i, size in enumerate((3, 4, 8))
-    )
+    ]
 
     @eqx.filter_jit
     @ft.partial(eqx.filter_value_and_grad, has_aux=True)
@@ -126,34 +118,30 @@ def test_layers_are_stacked_by_composition_and_read_in_both_directions(how):
         return _scan(cell, xs[::-1], jnp.zeros(4))[::-1]
 
     found = network(
-        (first, second, third),
-        lambda cell, xs: DEERRNN(cell, **_HOW[how])(xs),
-        lambda cell, xs: DEERRNN(cell, reverse=True, **_HOW[how])(xs),
+        cells,
+        lambda cell, xs: DEERRNN(cell, **_HOW["default"])(xs),
+        lambda cell, xs: DEERRNN(cell, reverse=True, **_HOW["newton"])(xs),
     )
-    expected = network(
-        (first, second, third), lambda cell, xs: _scan(cell, xs, jnp.zeros(4)), turned
-    )
+    expected = network(cells, lambda cell, xs: _scan(cell, xs, jnp.zeros(4)), turned)
     assert relative_error(found, expected) < 1e-11
     sides = found[0][1]
     assert relative_error(sides[0], sides[1]) > 0.1
 
 
-@each_cell
-def test_a_batch_is_vmap(name):
-    cell = _CELLS[name]
-    batch = jnp.stack([_XS, -_XS, 3 * _XS])
-    layer = DEERRNN(cell, forward=ParallelForward())
-    found = jax.jit(lambda batch: jax.vmap(layer)(batch))(batch)
-    expected = jax.vmap(lambda xs: _scan(cell, xs, _start(cell)))(batch)
-    assert relative_error(found, expected) < 1e-12
-
-
-def test_an_ensemble_of_cells_is_vmap_as_well():
-    make = lambda key: DEERRNN(eqx.nn.GRUCell(3, 4, key=key), forward=ParallelForward())
+def test_batches_and_ensembles_are_vmap():
+    make = lambda key: DEERRNN(eqx.nn.GRUCell(3, 4, key=key), **_HOW["newton"])
     layers = eqx.filter_vmap(make)(jax.random.split(_KEY, 3))
-    found = eqx.filter_jit(eqx.filter_vmap(lambda layer: layer(_XS)))(layers)
-    one = lambda layer: _scan(layer.cell, _XS, jnp.zeros(4))
-    assert relative_error(found, eqx.filter_vmap(one)(layers)) < 1e-12
+    batch = jnp.stack([_XS, -_XS])
+
+    @eqx.filter_jit
+    def both(layers):
+        one = lambda layer: jax.vmap(layer)(batch)
+        loop = lambda layer: _scan(layer.cell, _XS, jnp.zeros(4))
+        return eqx.filter_vmap(one)(layers), eqx.filter_vmap(loop)(layers)
+
+    found, expected = both(layers)
+    assert found.shape == (3, 2, _T, 4)
+    assert relative_error(found[:, 0], expected) < 1e-12
 
 
 class _Custom(eqx.Module):
@@ -167,11 +155,11 @@ class _Custom(eqx.Module):
         return {"fast": fast, "slow": 0.9 * slow + 0.1 * jnp.mean(fast) - x["down"]}
 
 
-def test_any_cell_will_do_if_it_is_told_where_to_start():
+def test_cell_may_be_any_function_if_it_is_told_where_to_start():
     cell = _Custom(jax.random.normal(_KEY, (3, 3)))
     xs = {"up": _XS, "down": 0.1 * _XS[:, 0]}
     init = {"fast": jnp.ones(3), "slow": jnp.array(0.5)}
-    layer = DEERRNN(cell, forward=ParallelForward())
+    layer = DEERRNN(cell, method=Newton())
     found = eqx.filter_jit(layer)(xs, init)
     assert relative_error(found, _loop(cell, xs, init)) < 1e-12
     function = DEERRNN(lambda x, h: jnp.sin(h + x[0]))
@@ -179,7 +167,7 @@ def test_any_cell_will_do_if_it_is_told_where_to_start():
     assert relative_error(function(_XS, jnp.array(1.0)), expected) < 1e-14
 
 
-def test_a_cell_that_does_not_say_where_it_starts_is_refused():
+def test_cell_that_does_not_say_where_it_starts_is_refused():
     match = "`_Custom` does not say how it starts.*Pass the initial state"
     with pytest.raises(TypeError, match=match):
         DEERRNN(_Custom(jnp.ones((3, 3))))(_XS)
@@ -189,48 +177,46 @@ def test_a_cell_that_does_not_say_where_it_starts_is_refused():
 
 def test_wrong_arguments_are_refused_as_by_deer_scan():
     cell: Any = _CELLS["gru"]
-    forward: Any = SequentialForward
-    with pytest.raises(TypeError, match="class `SequentialForward`"):
-        DEERRNN(cell, forward=forward)(_XS)
-    with pytest.raises(ValueError, match="`max_iterations` must be at least 1"):
-        DEERRNN(cell, max_iterations=0)(_XS)
+    method: Any = Sequential
+    with pytest.raises(TypeError, match="class `Sequential`"):
+        DEERRNN(cell, method=method)(_XS)
     with pytest.raises(ValueError, match=r"leaves of shapes \(20, 4\)"):
         DEERRNN(cell)(_XS, guess=jnp.ones((_T, 3)))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@each_cell
-def test_with_the_states_for_a_guess_a_single_iteration_suffices(name, reverse):
-    cell = _CELLS[name]
-    xs = _XS[::-1] if reverse else _XS
-    expected = _scan(cell, xs, _start(cell))
-    if reverse:
-        expected = jax.tree.map(lambda x: x[::-1], expected)
-    layer = DEERRNN(
-        cell, reverse=reverse, forward=ParallelForward(), max_iterations=1, throw=False
-    )
+def test_guess_of_the_states_is_confirmed_by_a_single_iteration():
+    cell = _CELLS["lstm"]
+    expected = _scan(cell, _XS[::-1], _start(cell))
+    expected = jax.tree.map(lambda x: x[::-1], expected)
+    method = Newton(max_iterations=1)
+    layer = DEERRNN(cell, reverse=True, method=method, throw=False)
     run = eqx.filter_jit(lambda guess: layer(_XS, guess=guess))
     assert relative_error(run(expected), expected) < 1e-13
     assert not np.all(np.isfinite(jax.tree.leaves(run(None))[0]))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@each_cell
-def test_the_states_have_the_type_of_the_weights(name, dtype):
-    cell = jax.tree.map(lambda x: x.astype(dtype), _CELLS[name])
-    xs = _XS.astype(dtype)
-    found = eqx.filter_jit(DEERRNN(cell, forward=ParallelForward()))(xs)
-    assert all(x.dtype == dtype for x in jax.tree.leaves(found))
-    tolerance = 20 * float(jnp.finfo(dtype).eps)
+def test_states_in_single_precision_have_the_type_of_the_weights():
+    cell = jax.tree.map(lambda x: x.astype(jnp.float32), _CELLS["lstm"])
+    xs = _XS.astype(jnp.float32)
+    found = eqx.filter_jit(DEERRNN(cell, method=Newton()))(xs)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(found))
+    tolerance = 20 * float(jnp.finfo(jnp.float32).eps)
     assert relative_error(found, _scan(cell, xs, _start(cell))) < tolerance
 
 
-def test_a_state_that_overflows_is_an_error_unless_it_is_asked_for():
-    cell = lambda x, h: jnp.roll(h, 1) ** 2 + x
-    layer = DEERRNN(cell)
+def _explode(x, h):
+    return jnp.roll(h, 1) ** 2 + x
+
+
+@pytest.mark.raises
+def test_overflow_is_an_error():
+    run = eqx.filter_jit(DEERRNN(_explode))
     with pytest.raises(Exception, match="a carry became infinite or NaN"):
-        jax.block_until_ready(eqx.filter_jit(layer)(_XS, jnp.ones(3)))
-    states = DEERRNN(cell, throw=False)(_XS, 9 * jnp.ones(3))
-    finite = np.all(np.isfinite(_loop(cell, _XS, 9 * jnp.ones(3))), axis=1)
+        jax.block_until_ready(run(_XS, 9 * jnp.ones(3)))
+
+
+def test_overflow_is_nan_from_there_on_if_it_is_asked_for():
+    states = DEERRNN(_explode, throw=False)(_XS, 9 * jnp.ones(3))
+    finite = np.all(np.isfinite(_loop(_explode, _XS, 9 * jnp.ones(3))), axis=1)
     assert 0 < np.argmin(finite) < _T
     np.testing.assert_array_equal(np.all(np.isfinite(states), axis=1), finite)
