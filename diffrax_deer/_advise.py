@@ -21,7 +21,7 @@ from ._ode.grid_solve import plan
 from ._ode.whole_interval import WholeInterval
 from ._ravel import promoted, ravel
 
-# Newton's method is tried up to so many e-foldings and entries of a step's Jacobians.
+# Newton's method is tried up to so many e-foldings, and Jacobian entries of a batch.
 _MAX_GROWTH, _MAX_SIZE, _MAX_UNEVEN, _MAX_ERROR = 10, 4096, 4, 10
 _STIFF, _MIN_STIFF_STEPS, _MIN_SPEED_UP = 10, 256, 1.15
 _label = lambda *parts: ", ".join(eqx.tree_pformat(x, width=10**4) for x in parts)
@@ -90,9 +90,9 @@ def advise(
     """Times the ways to solve and differentiate a problem on this device.
 
     These are the sequential solver, `DEERSolver` with its steps, and `DEERSolver` with
-    equal steps, by default and by Newton's method; less those that fail, or have ten
-    times the error of the first. They differentiate the sum of squares of the final
-    state with respect to `y0` and the inexact arrays of `args`.
+    equal steps, by default and, unless chaotic or large, by Newton's method; less those
+    that fail, or have ten times the error of the first. They differentiate the sum of
+    squares of the final state with respect to `y0` and the inexact arrays of `args`.
 
     **Arguments:**
 

@@ -119,25 +119,21 @@ class Newton(AbstractMethod):
         has_coarse_steps = step_map.coarse_step is not None
         eps = step_map.eps or float(jnp.finfo(y0.dtype).eps)
         window = window_size(y0.size**2) if self.window is None else self.window
-        limit, atol = self.max_iterations, self.atol
+        linearization = PiecewiseConstant() if has_field else FullJacobian()
+        predictor = CoarsePredictor() if has_coarse_steps else ConstantPredictor()
         return Newton(
-            self.linearization
-            or (PiecewiseConstant() if has_field else FullJacobian()),
+            self.linearization or linearization,
             self.scan or default_scan(),
-            self.predictor
-            or (CoarsePredictor() if has_coarse_steps else ConstantPredictor()),
+            self.predictor or predictor,
             tolerance(eps) if self.rtol is None else self.rtol,
-            0.0 if atol is None else atol,
-            num_steps if limit is None else limit,
+            0.0 if self.atol is None else self.atol,
+            num_steps if self.max_iterations is None else self.max_iterations,
             min(window, num_steps),
         )
 
     def __call__(self, step_map, y0, xs, guess):
-        chosen: Newton = self.resolve(step_map, y0, len(guess))
-        options: dict[str, Any] = {
-            f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)
-        }
-        ys, statistics = NewtonIteration(step_map, y0, xs, **options).solve(guess)
+        chosen = self.resolve(step_map, y0, len(guess))
+        ys, statistics = NewtonIteration(step_map, y0, xs, chosen).solve(guess)
         return ys, dataclasses.replace(statistics, method=chosen), None
 
 

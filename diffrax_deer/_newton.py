@@ -30,12 +30,9 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._affine_scan import AbstractScan
 from ._custom_types import IntScalarLike, State, States
 from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL
 from ._linalg.transitions import are_finite, zero_unless
-from ._linearization import AbstractLinearization
-from ._predictor import AbstractPredictor
 from ._prefix import count_leading_true, hold_last, max_norm, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
@@ -72,25 +69,17 @@ class _Progress(eqx.Module):
 class NewtonIteration(eqx.Module):
     """The equations `step(x_n, y_{n-1}) = y_n`, and how to iterate on them.
 
-    `rtol` and `atol` bound the residual of each step and the estimate of its error, in
-    each component relative to its scale. The estimate is the last update, or less if
-    the updates have been shrinking: by ten times the rate at which they did, as is
-    usual for simplified Newton methods (Hairer and Wanner, *Solving ODEs II*, section
-    IV.8).
-
-    `window` is the number of steps that are looked at at once.
+    - `options`: a `Newton` with all choices made. Its `rtol` and `atol` bound the
+        residual of each step and the estimate of its error, in each component relative
+        to its scale. The estimate is the last update, or less if the updates have been
+        shrinking: by ten times the rate at which they did, as is usual for simplified
+        Newton methods (Hairer and Wanner, *Solving ODEs II*, section IV.8).
     """
 
     step_map: StepMap
     y0: State
     xs: PyTree[Any]
-    linearization: AbstractLinearization
-    scan: AbstractScan
-    predictor: AbstractPredictor
-    rtol: float
-    atol: float
-    max_iterations: int
-    window: int
+    options: Any
 
     def _corrections(
         self, ys: States, residuals: States, num_final: Int[Array, ""]
@@ -103,12 +92,12 @@ class NewtonIteration(eqx.Module):
         points = self.xs, before, ys
         instead = jax.tree.map(lambda x: x[jnp.argmax(exists)], points)
         points = jax.vmap(select, in_axes=(0, 0, None))(exists, points, instead)
-        linearize = ft.partial(self.linearization, self.step_map)
+        linearize = ft.partial(self.options.linearization, self.step_map)
         transitions = jax.vmap(linearize)(*points)
         # Up to the first open step there is no update to carry on: with transitions of
         # zero the overflow of long products stays away from final steps.
         usable = are_finite(transitions) & (jnp.arange(len(ys)) > num_final)
-        return self.scan(zero_unless(usable, transitions), residuals)
+        return self.options.scan(zero_unless(usable, transitions), residuals)
 
     def _magnitudes(self, ys: States) -> States:
         return jnp.maximum(jnp.abs(shift(self.y0, ys)), jnp.abs(ys))
@@ -123,13 +112,13 @@ class NewtonIteration(eqx.Module):
         sizes = self._magnitudes(ys)
         state = max_norm(sizes)[:, None]
         scales = jnp.minimum(lax.cummax(sizes, axis=0), state)
-        tolerance = self.atol + self.rtol * scales
+        tolerance = self.options.atol + self.options.rtol * scales
         return lambda x: max_norm(jnp.where(x == 0, 0.0, x / tolerance))
 
     def _part(self, start: IntScalarLike, ys: States) -> "NewtonIteration":
         """The equations of the window from `start` on; those before are as in `ys`."""
         y0 = jnp.where(start == 0, self.y0, ys[jnp.maximum(start - 1, 0)])
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, self.window)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, self.options.window)
         xs = jax.tree.map(cut, self.xs)
         return eqx.tree_at(lambda n: (n.y0, n.xs), self, (y0, xs))
 
@@ -177,7 +166,7 @@ class NewtonIteration(eqx.Module):
         Also returns the images of the guess, and whether there is no solution.
         """
         size = len(window.ys)
-        predict = lambda: self.predictor(
+        predict = lambda: self.options.predictor(
             self.step_map, self.y0, self.xs, window.ys, window.num_trusted
         )
         incomplete = eqxi.unvmap_any(window.num_trusted < size)
@@ -198,7 +187,7 @@ class NewtonIteration(eqx.Module):
 
     def _slide(self, state: _Progress) -> _Progress:
         """Advances in the window that begins with the first step that is not final."""
-        steps, num_steps, size = state.steps, len(state.steps.ys), self.window
+        steps, num_steps, size = state.steps, len(state.steps.ys), self.options.window
         # A constant if the window is everything: in a batch, to cut is to gather.
         last_start = num_steps - size
         start = jnp.minimum(steps.num_final, last_start) if last_start else 0
@@ -215,7 +204,7 @@ class NewtonIteration(eqx.Module):
             return update(x, part, start, 0) if last_start else part
 
         equations = self._part(start, steps.ys) if last_start else self
-        exhausted = state.num_iterations >= self.max_iterations
+        exhausted = state.num_iterations >= self.options.max_iterations
         window = jax.tree.map(cut, steps)
         window, images, lost = equations._verify(window, exhausted)
         residuals = max_norm(images - window.ys)

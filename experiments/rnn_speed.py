@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from experiments.common.affordable import (
+    describe_difference,
     describe_time,
     measure_methods,
     prepare,
@@ -197,14 +198,7 @@ def table(results: dict[str, Any]) -> str:
             row.append(describe_time(methods[name]))
             row.append("-" if isinstance(ratio, str) else f"{ratio:.2g}×")
         row.append(str(methods["deer_newton"].get("num_iterations", "-")))
-        known = [
-            method[key]
-            for method in methods.values()
-            for key in ("value_difference", "gradient_difference")
-            if key in method
-        ]
-        row.append(f"{max(known):.0e}" if known else "-")
-        rows.append(row)
+        rows.append([*row, describe_difference(methods)])
     header = ["", "batch", "units", "steps", f"{LABELS[BASELINE]} (ms)"]
     for name in _COMPARED:
         header += [f"{LABELS[name]} (ms)", "speed-up"]

@@ -89,7 +89,7 @@ def test_recurrence_of_second_order_and_its_gradient_are_those_of_a_loop():
     def everything(trajectory):
         loss = ft.partial(weighted_loss, trajectory)
         # The tolerance of the linear solver is relative to what comes in.
-        small = lambda p: 1e-12 * loss(p)
+        small = lambda p: 1e-30 * loss(p)
         run = lambda p: (trajectory(p), jax.grad(loss)(p), jax.grad(small)(p))
         return jax.jit(run)(_WEIGHTS)
 

@@ -133,7 +133,7 @@ def test_every_step_map_is_itself_and_of_its_order_in_both_directions(name):
 def test_single_and_mixed_precision_are_those_of_the_sequential_solver(method):
     single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     t0, t1 = single((0.0, 2.0))
-    mixed = {"x": jnp.array(2.0, jnp.float32), "v": jnp.array(0.0)}
+    mixed = {"x": jnp.float32(2.0), "v": jnp.float64(0.0)}
 
     def of_mixed(t, y, args):
         x, v = _VDP.field(t, jnp.stack([y["x"].astype(float), y["v"]]), args)
@@ -152,16 +152,18 @@ def test_single_and_mixed_precision_are_those_of_the_sequential_solver(method):
         grid = diffrax.StepTo(jnp.linspace(t0, t1, 38))
         saveat = diffrax.SaveAt(t1=True, solver_state=True)
         problems = (_VDP.field, *single((_VDP.y0, 1.0))), (of_mixed, mixed, 1.0)
-        parallel = [run(solver, WholeInterval(), *p, saveat=saveat) for p in problems]
-        return list(
-            zip(parallel, [run(inner, grid, *p) for p in problems], strict=True)
-        )
+        found = [run(solver, WholeInterval(), *p, saveat=saveat) for p in problems]
+        # diffrax's own steps cannot have leaves of several types.
+        return found, run(inner, grid, *problems[0]).ys
 
-    for parallel, sequential in both():
-        dtypes = lambda sol: jax.tree.map(lambda y: y.dtype, sol.ys)
-        assert dtypes(parallel) == dtypes(sequential)
-        assert relative_error(parallel.ys, sequential.ys) < 1e-5
-        num_iterations = int(parallel.solver_state.num_iterations)
+    (alone, mixed), expected = both()
+    assert alone.ys.dtype == jnp.float32
+    assert (mixed.ys["x"].dtype, mixed.ys["v"].dtype) == (jnp.float32, jnp.float64)
+    assert relative_error(alone.ys, expected) < 1e-5
+    leaves = mixed.ys["x"], mixed.ys["v"]
+    assert relative_error(leaves, (expected[:, 0], expected[:, 1])) < 1e-5
+    for sol in (alone, mixed):
+        num_iterations = int(sol.solver_state.num_iterations)
         assert (num_iterations > 0) == method.uses_guess
         assert num_iterations < 37
 
@@ -508,7 +510,7 @@ class _Push(eqx.Module):
 def test_derivatives_are_those_of_the_sequential_solver_for_every_adjoint():
     ts, factor = jnp.array([0.4, 1.1, 1.7]), jnp.array(0.9)
 
-    def solve(adjoint, solver, controller, parameters):
+    def solve(adjoint, solver, controller, max_steps, parameters):
         y0, push, factor = parameters
 
         def field(t, y, push):
@@ -525,23 +527,24 @@ def test_derivatives_are_those_of_the_sequential_solver_for_every_adjoint():
             stepsize_controller=controller,
             saveat=diffrax.SaveAt(ts=ts),
             adjoint=adjoint,
-            max_steps=12,
+            max_steps=max_steps,
         ).ys
         return jnp.sum(ys["x"] ** 2 * jnp.array([1.0, 2.0, 3.0]))
 
-    solver = newton_solver(num_steps=4, gradient=ParallelGradient())
-    windows = diffrax.StepTo(jnp.linspace(0.0, 2.0, 4))
+    inner = diffrax.Heun()
+    solver = newton_solver(inner, num_steps=6, gradient=ParallelGradient())
+    windows = diffrax.StepTo(jnp.linspace(0.0, 2.0, 3))
     steps = diffrax.StepTo(jnp.linspace(0.0, 2.0, 13))
 
     @eqx.filter_jit
     def all_of_them(p):
-        of = lambda adjoint: lambda p: solve(adjoint, solver, windows, p)
+        of = lambda adjoint: lambda p: solve(adjoint, solver, windows, 2, p)
         gradient = lambda f: eqx.filter_value_and_grad(f)(p)
         found = [gradient(of(all_adjoints[name])) for name in ("default", "direct")]
         direction = jax.tree.map(jnp.cos, eqx.filter(p, eqx.is_array))
         slope = eqx.filter_jvp(of(all_adjoints["forward"]), (p,), (direction,))[1]
-        reference, inner = all_adjoints["default"], diffrax.Dopri5()
-        expected = gradient(lambda p: solve(reference, inner, steps, p))
+        reference = all_adjoints["default"]
+        expected = gradient(lambda p: solve(reference, inner, steps, 12, p))
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), expected[1], direction)
         return found, slope, expected, sum(jax.tree.leaves(products))
 

@@ -86,6 +86,8 @@ def test_choices_elsewhere():
     # Windows of four million entries of transitions, but not shorter than 1024 steps.
     sizes = [defaults.window_size(n) for n in (0, 1, 64, 10**9)]
     assert sizes == [2**22, 2**22, 2**16, 1024]
+    resolved = Newton().resolve(StepMap(lambda x, y: y), jnp.ones(32), 10_000)
+    assert resolved.window == 2**22 // 32**2
     groups = [defaults.group_size(n) for n in (0, 2**12, 2**16, 10**9)]
     assert groups == [1024, 1024, 64, 1]
 
@@ -192,7 +194,8 @@ def test_gradient_of_a_solver_is_parallel_up_to_128_entries_in_the_batch():
     term = diffrax.ODETerm(lambda t, y, args: jnp.tanh(y[::-1]))
 
     def is_parallel(y0):
-        return DEERSolver(num_steps=24).choices(term, 0.0, y0)[1].is_parallel
+        gradient: Any = DEERSolver(num_steps=24).choices(term, 0.0, y0)[1]
+        return gradient.is_parallel
 
     for size, batch, expected in ((2, 32, 1), (2, 33, 0), (5, 5, 1), (5, 6, 0)):
         choose = jax.vmap(is_parallel, out_axes=None)

@@ -25,6 +25,7 @@ from diffrax_deer import (
     SequentialScan,
     StepMap,
 )
+from diffrax_deer._defaults import batch_size
 from diffrax_deer._gradient import GradientByBatch, default_gradient
 from diffrax_deer._solve import solve
 
@@ -104,7 +105,7 @@ def expected():
 
 # ---- First derivatives ----
 
-# Both scans, every transition of the gradient without Jacobians, both scans there.
+# Both scans; without Jacobians every kind of transition, and both scans.
 _GRADIENTS = {
     "parallel-sequential_scan": ParallelGradient(SequentialScan()),
     "parallel-associative_scan": ParallelGradient(AssociativeScan()),
@@ -347,11 +348,10 @@ def test_failed_sample_has_a_gradient_that_can_be_discarded(gradient):
 def test_first_step_that_fails_is_replaced_by_one_of_the_placeholder(gradient):
     # Neither the step nor its derivative is finite at the initial value; at a step of
     # length zero both are.
-    step_map = rk4(lambda t, y, args: jnp.exp(y), None)
-
     @jax.jit
-    @ft.partial(jax.value_and_grad, argnums=(0, 1))
-    def loss(y0, times):
+    @ft.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def loss(y0, times, rate):
+        step_map = rk4(lambda t, y, args: args * jnp.exp(y), rate)
         placeholder, guess = (times[0], times[0]), constant_guess(y0, 3)
         ys, statistics, _ = solve(
             step_map, y0, intervals(times), guess, Sequential(), gradient, placeholder
@@ -359,12 +359,13 @@ def test_first_step_that_fails_is_replaced_by_one_of_the_placeholder(gradient):
         failed = statistics.result != optx.RESULTS.successful
         return jnp.where(failed, 0.0, jnp.sum(ys))
 
-    _, (by_y0, by_times) = loss(jnp.array([1.0]), 1e4 * jnp.arange(4.0))
-    np.testing.assert_array_equal(by_y0, np.zeros(1))
-    np.testing.assert_array_equal(by_times, np.zeros(4))
+    y0, rate = jnp.array([1.0]), jnp.array(1.0)
+    _, gradients = loss(y0, 1e4 * jnp.arange(4.0), rate)
+    for derivative in gradients:
+        np.testing.assert_array_equal(derivative, np.zeros(derivative.shape))
     # Where the solve succeeds, the placeholder is of no account.
-    _, (by_y0, by_times) = loss(jnp.array([1.0]), 1e-3 * jnp.arange(4.0))
-    assert by_y0[0] > 3
+    _, (by_y0, by_times, by_rate) = loss(y0, 1e-3 * jnp.arange(4.0), rate)
+    assert by_y0[0] > 3 and by_rate > 0
     assert by_times[0] < 0 < by_times[-1]
 
 
@@ -386,29 +387,40 @@ def test_unfinished_solve_has_a_gradient_that_can_be_discarded():
 
 
 @each_gradient
-def test_steps_that_were_not_solved_yield_zero(gradient):
+def test_steps_that_were_not_solved_yield_zero_and_have_finite_derivatives(gradient):
     # Doubled and squared, until there is no such number any more.
     evaluate = lambda x, y: ((1 + x) * y**2, jnp.log(y))
     step_map = StepMap(lambda x, y: evaluate(x, y)[0], step_with_aux=evaluate)
-    xs, placeholder = jnp.ones(12), jnp.zeros(())
     method = newton() if gradient == ParallelGradient() else Sequential()
 
     @jax.jit
-    @ft.partial(jax.value_and_grad, has_aux=True)
-    def compute(y0):
-        _, statistics, aux = solve(
-            step_map, y0, xs, jnp.ones((12, 1)), method, gradient, placeholder
-        )
-        return jnp.sum(aux), (statistics.num_solved, aux)
+    def compute(y0, xs, xs_dot):
+        def run(y0, xs):
+            guess, placeholder = jnp.ones((12, 1)), jnp.zeros(())
+            arguments = step_map, y0, xs, guess, method, gradient, placeholder
+            ys, statistics, aux = solve(*arguments)
+            return jnp.sum(aux), (statistics.num_solved, ys, aux)
 
-    (_, (count, aux)), gradient = compute(jnp.array([3.0]))
-    assert 5 < count < 12
+        found = jax.value_and_grad(run, has_aux=True)(y0, xs)
+        push = lambda *primals: run(*primals)[1][1:]
+        return found, jax.jvp(push, (y0, xs), (jnp.ones(1), xs_dot))[1]
+
+    # Nor does it matter what moves them.
+    xs_dot = jnp.where(jnp.arange(12) < 8, 1.0, jnp.nan)
+    found, (ys_dot, aux_dot) = compute(jnp.array([3.0]), jnp.ones(12), xs_dot)
+    (_, (count, ys, aux)), slope = found
+    assert count == 8
+    assert jnp.all(jnp.isfinite(ys))
+    # Where nothing was solved, products of Jacobians may overflow, all at once.
+    one_by_one = gradient == SequentialGradient()
+    assert jnp.all(jnp.isfinite(ys_dot if one_by_one else ys_dot[:count]))
     np.testing.assert_array_equal(aux[count:], 0)
+    np.testing.assert_array_equal(aux_dot[count:], 0)
     # The logarithms double, and so do their derivatives.
     powers = 2.0 ** np.arange(count)
     logarithms = powers * np.log(3.0) + (powers - 1) * np.log(2.0)
     np.testing.assert_allclose(aux[:count, 0], logarithms, rtol=1e-12)
-    np.testing.assert_allclose(gradient, np.sum(powers) / 3, rtol=1e-12)
+    np.testing.assert_allclose(slope, np.sum(powers) / 3, rtol=1e-12)
 
 
 def test_cotangent_of_zero_stays_zero_where_products_overflow():
@@ -499,8 +511,7 @@ def test_sequential_gradient_keeps_nothing_from_inside_of_the_steps():
 
 @pytest.mark.parametrize("batch", [4, 5])
 def test_gradient_by_batch_is_parallel_for_a_small_batch_and_always_exact(batch):
-    # On both sides of the limit of 40 entries, nine for each sample; and for no limit
-    # that one sample does not exceed.
+    # On both sides of a limit of 40 entries: nine for each sample.
     parameters = _problem()
     y0s = jnp.stack([(1 + 0.1 * i) * parameters[0] for i in range(batch)])
 
@@ -524,9 +535,28 @@ def test_gradient_by_batch_is_parallel_for_a_small_batch_and_always_exact(batch)
     assert is_parallel == (batch * 9 <= 40)
 
 
-def test_default_gradient_of_one_sample_above_the_limit_is_sequential():
-    gradient = default_gradient(jnp.ones(3), 3, _STEPS, max_entries=8)
-    assert gradient == SequentialGradient()
+def test_gradient_by_batch_runs_the_one_that_it_has_chosen():
+    # A step whose derivative is the number of all that are mapped together: the samples
+    # of the batch, and for the parallel gradient the steps as well.
+    @jax.custom_jvp
+    def step(y):
+        return y
+
+    @step.defjvp
+    def _(primals, tangents):
+        (y,), (y_dot,) = primals, tangents
+        return y, y_dot * batch_size(y).astype(y.dtype)
+
+    def last(y0):
+        gradient = default_gradient(y0, 1, 3, max_entries=4)
+        options: Any = {"method": Sequential(), "gradient": gradient}
+        step_map = StepMap(lambda x, y: step(y))
+        return solved(step_map, y0, jnp.zeros(3), **options)[0][-1, 0]
+
+    for batch, is_parallel in ((4, True), (5, False)):
+        slopes = jax.jit(jax.vmap(jax.grad(last)))(jnp.ones((batch, 1)))
+        assert jnp.all((slopes > batch**3) == is_parallel)
+        assert jnp.all((slopes == batch**3) != is_parallel)
 
 
 # ---- Errors ----

@@ -1,22 +1,28 @@
 """Stages are differentiated as equations: that is right, and never raises."""
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 import pytest
 
-from diffrax_deer._step_map import SolverStep, prepare, ravel
+from diffrax_deer import ExponentialRosenbrockEuler
+from diffrax_deer._ode.runge_kutta import tableau_of
+from diffrax_deer._ode.solver_step import SolverStep, prepare
+from diffrax_deer._ravel import ravel
 
 from .helpers import relative_error
 
 _ROOT = optx.Newton(rtol=1e-12, atol=1e-12)
-_SOLVERS = {
-    "dopri5": diffrax.Dopri5(scan_kind="bounded"),
-    "heun": diffrax.Heun(scan_kind="bounded"),
-    "implicit_euler": diffrax.ImplicitEuler(root_finder=_ROOT),
-    "kvaerno3": diffrax.Kvaerno3(root_finder=_ROOT),
-    "kvaerno5": diffrax.Kvaerno5(root_finder=_ROOT),
+# With a stiffness that the root finder of the reference can still stand.
+_SOLVERS: dict[str, tuple[Any, float]] = {
+    "dopri5": (diffrax.Dopri5(scan_kind="bounded"), 1.0),
+    "implicit_euler": (diffrax.ImplicitEuler(root_finder=_ROOT), 1e3),
+    "kvaerno3": (diffrax.Kvaerno3(root_finder=_ROOT), 1e3),
+    "kvaerno5": (diffrax.Kvaerno5(root_finder=_ROOT), 3e2),
 }
 
 
@@ -34,7 +40,7 @@ def _inner(solver, field, y0, args=None):
     return SolverStep(solver, diffrax.ODETerm(field), args, ravel(y0)[1])
 
 
-def _own(inner, x, y):
+def _of_diffrax(inner, x, y):
     """The step that diffrax makes, and differentiates."""
     state = inner.solver.init(inner.terms, *x, inner.unravel(y), inner.args)
     step = inner.solver.step(
@@ -43,49 +49,76 @@ def _own(inner, x, y):
     return ravel(step[0])[0], ravel(step[1])[0], ravel(step[2])[0]
 
 
+def _by_stages(inner, x, y):
+    result = inner.full_by_stages(x, y)
+    return result.y1, result.error, ravel(result.dense_info)[0]
+
+
 @pytest.mark.optimized
-@pytest.mark.parametrize(
-    ("name", "stiffness"),
-    [(name, 1.0) for name in _SOLVERS]
-    # At 1e3 the root finder of the reference fails for Kvaerno5.
-    + [("implicit_euler", 1e3), ("kvaerno3", 1e3), ("kvaerno5", 3e2)],
-)
-def test_values_and_derivatives_are_those_of_the_step(name, stiffness):
+@pytest.mark.parametrize("name", _SOLVERS)
+def test_values_and_derivatives_by_stages_are_those_of_the_step(name):
     """For the state, both times and the parameters; also those of the derivatives."""
+    solver, stiffness = _SOLVERS[name]
     flat, _ = ravel(_Y0)
 
-    def at(step):
+    def of(step):
         def values(y, t0, t1, args):
-            x = (t0, t1)
-            return step(_inner(_SOLVERS[name], _field, _Y0, args), x, y)
+            return step(_inner(solver, _field, _Y0, args), (t0, t1), y)
 
         def derivatives(*args):
             out, pullback = jax.vjp(values, *args)
             return out, pullback(jax.tree.map(jnp.cos, out))
 
-        def second(*args):
+        @jax.jit
+        def all_of_them(*args):
             tangents = jax.tree.map(jnp.ones_like, args)
-            return jax.jvp(derivatives, args, tangents)
+            first, second = jax.jvp(derivatives, args, tangents)
+            jacobian = jax.jacfwd(lambda y: values(y, *args[1:])[0])(args[0])
+            return (first, jacobian), second
 
-        args = (flat, jnp.array(0.2), jnp.array(0.5), jnp.array(stiffness))
-        jacobian = lambda y: jax.jacfwd(lambda y: values(y, *args[1:])[0])(y)
-        all_of_them = second if stiffness == 1 else derivatives
-        return jax.jit(all_of_them)(*args), jax.jit(jacobian)(flat)
+        return all_of_them
 
-    def own(inner, x, y):
-        result = inner.full(x, y, stages_at_once=True)
-        return result.y1, result.error, ravel(result.dense_info)[0]
+    found, expected = of(_by_stages), of(_of_diffrax)
+    for rate in {1.0, stiffness}:
+        args = flat, jnp.array(0.2), jnp.array(0.5), jnp.array(rate)
+        (first, second), (e_first, e_second) = found(*args), expected(*args)
+        pairs = zip(jax.tree.leaves(first), jax.tree.leaves(e_first), strict=True)
+        assert max(relative_error(a, b) for a, b in pairs) < 1e-8
+        assert relative_error(first[1], jnp.eye(4)) > 0.1
+        if rate == 1:
+            pairs = jax.tree.leaves(second), jax.tree.leaves(e_second)
+            errors = [relative_error(a, b) for a, b in zip(*pairs, strict=True)]
+            assert max(errors) < 1e-8
 
-    got, expected = at(own), at(_own)
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    assert max(relative_error(a, b) for a, b in pairs) < 1e-8
-    assert relative_error(got[1], jnp.eye(4)) > 0.1
 
-
-def test_a_root_finder_that_fails_is_no_error():
+def test_root_finder_that_fails_is_no_error():
     # diffrax's own derivative of such a step raises.
-    inner = _inner(_SOLVERS["kvaerno5"], lambda t, y, args: jnp.exp(y**3), jnp.ones(2))
+    kvaerno5, _ = _SOLVERS["kvaerno5"]
+    inner = _inner(kvaerno5, lambda t, y, args: jnp.exp(y**3), jnp.ones(2))
     x = (jnp.array(0.0), jnp.array(10.0))
     ys = jnp.array([[30.0, 1.0], [jnp.nan, 0.0]])
-    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda y: inner.step(x, y))))(ys)
+    run = lambda y: (jax.jacfwd(lambda y: inner.step(x, y))(y), inner.full(x, y))
+    jacobians, result = jax.jit(jax.vmap(run))(ys)
     assert not jnp.all(jnp.isfinite(jacobians))
+    assert not jnp.any(result.result == diffrax.RESULTS.successful)
+    # A controller makes a smaller step of it.
+    assert jnp.all(jnp.isinf(result.error))
+
+
+def test_tableau_is_the_method_in_plain_numbers():
+    # The last stage of Heun's method is at the end of the step.
+    heun = tableau_of(diffrax.Heun())
+    assert heun is not None
+    assert heun.is_explicit
+    assert heun == (((0, 0), (1, 0)), (0.5, 0.5), (0, 1), (0.5, -0.5))
+    for solver in (diffrax.Dopri8(), diffrax.Kvaerno4(), diffrax.ImplicitEuler()):
+        tableau = tableau_of(solver)
+        assert tableau is not None
+        assert tableau.is_explicit == isinstance(solver, diffrax.Dopri8)
+        # Consistent, and exact for a slope that grows with time.
+        np.testing.assert_allclose(np.sum(tableau.a, axis=1), tableau.c, atol=1e-12)
+        np.testing.assert_allclose(np.sum(tableau.b), 1, rtol=1e-12)
+        np.testing.assert_allclose(np.sum(tableau.b_error), 0, atol=1e-12)
+    others = diffrax.HalfSolver(diffrax.Heun()), ExponentialRosenbrockEuler()
+    for solver in (*others, diffrax.SemiImplicitEuler(), diffrax.KenCarp3()):
+        assert tableau_of(solver) is None

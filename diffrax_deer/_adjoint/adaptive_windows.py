@@ -156,6 +156,34 @@ def _groups(
     return jax.tree.map(grouped, parts)
 
 
+def _made(
+    windows: Windows, groups: _Group, y: Y, num_made: Array, num_solved: Array
+) -> tuple[Y, tuple[Steps | None, States | None]]:
+    """The state after all groups, and their steps and ends if they are to be saved."""
+
+    def differentiable(y, group):
+        y, steps, ends = _differentiable(windows, group, y, num_solved)
+        wanted = steps if windows.save_steps else None
+        return y, (wanted, ends if windows.save_ends else None)
+
+    first = jax.tree.map(lambda x: x[0, 0], groups)
+    shapes = eqx.filter_eval_shape(differentiable, y, first)[1]
+
+    def unless_idle(f, y, group):
+        axes = group.index.shape[:-1]
+        zeros = lambda s: jnp.zeros((*axes, *s.shape), s.dtype)
+        skip = lambda y: (y, jax.tree.map(zeros, shapes))
+        is_idle = group.index.reshape(-1)[0] >= num_made
+        return lax.cond(eqxi.unvmap_all(is_idle), skip, lambda y: f(y, group), y)
+
+    # Made again for the derivative, so that memory is that of trajectories. Idle groups
+    # are skipped many at a time.
+    checkpoint = ft.partial(jax.checkpoint, prevent_cse=False)
+    one = checkpoint(ft.partial(unless_idle, differentiable))
+    many = checkpoint(ft.partial(unless_idle, lambda y, part: lax.scan(one, y, part)))
+    return lax.scan(many, y, groups)
+
+
 def _replay(
     windows: Windows, state: LoopState, last: LoopState, records: Record
 ) -> tuple[LoopState, Steps | None, Ends | None]:
@@ -178,30 +206,7 @@ def _replay(
     unsolved = jnp.where(kept, num_steps - records.num_solved, 0)
     num_solved = num_made * num_steps - jnp.sum(unsolved)
     groups = _groups(windows, records, starts, kept, state.y)
-
-    def unless_idle(f, y, group):
-        nothing = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), eqx.filter_eval_shape(f, y)[1]
-        )
-        is_idle = group.index.reshape(-1)[0] >= num_made
-        return lax.cond(eqxi.unvmap_all(is_idle), lambda y: (y, nothing), f, y)
-
-    # Made again for the derivative, so that memory is that of trajectories.
-    @ft.partial(jax.checkpoint, prevent_cse=False)
-    def one(y, group):
-        def differentiable(y):
-            y, steps, ends = _differentiable(windows, group, y, num_solved)
-            steps = steps if windows.save_steps else None
-            return y, (steps, ends if windows.save_ends else None)
-
-        return unless_idle(differentiable, y, group)
-
-    # Idle groups are skipped many at a time.
-    @ft.partial(jax.checkpoint, prevent_cse=False)
-    def many(y, groups):
-        return unless_idle(lambda y: lax.scan(one, y, groups), y, groups)
-
-    y, found = lax.scan(many, state.y, groups)
+    y, found = _made(windows, groups, state.y, num_made, num_solved)
     steps, at_ends = jax.tree.map(lambda x: x[:max_windows], _merge(_merge(found)))
     # Where nothing was made there are zeros, at which a field, or what is saved of a
     # state, may have no derivative.

@@ -22,7 +22,7 @@ from experiments.benchmark.reading import (
     ratios,
     select,
 )
-from experiments.common.affordable import describe_time, speed_up
+from experiments.common.affordable import describe_difference, describe_time, speed_up
 from experiments.common.command_line import run
 from experiments.common.files import write_figure
 from experiments.common.heat_map import draw_heat_maps
@@ -34,7 +34,6 @@ from experiments.common.solvers import BASELINE, LABELS
 
 # What is drawn: a method, and what it is compared with.
 _PAIRS = (("deer", BASELINE), ("deer", "scan_rk45"), ("deer_newton_warm", BASELINE))
-_DIFFERENCES = ("value_difference", "gradient_difference")
 
 
 def _ordinary(cells: Sequence[Cell]) -> list[Cell]:
@@ -59,13 +58,7 @@ def grid_table(cells: Sequence[Cell], names: Sequence[str] = EVERYWHERE) -> str:
         row = [describe(cell), _time(cell, BASELINE)]
         for name in names[1:]:
             row += [_time(cell, name), _times(ratio(cell, name, BASELINE))]
-        known = [
-            method[key]
-            for method in cell["methods"].values()
-            for key in _DIFFERENCES
-            if key in method
-        ]
-        rows.append([*row, f"{max(known):.0e}" if known else "-"])
+        rows.append([*row, describe_difference(cell["methods"])])
     return format_table([*header, "difference"], rows)
 
 

@@ -179,6 +179,13 @@ def speed_up(methods: dict[str, dict[str, Any]], name: str, over: str) -> float 
     return other / own
 
 
+def describe_difference(methods: dict[str, dict[str, Any]]) -> str:
+    """The largest difference of values or gradients, as it stands in a table."""
+    keys = ("value_difference", "gradient_difference")
+    known = [each[key] for each in methods.values() for key in keys if key in each]
+    return f"{max(known):.0e}" if known else "-"
+
+
 def describe_time(method: dict[str, Any], spec: str = ".3g") -> str:
     """Median and quartiles in milliseconds, or why there are none."""
     if "skipped" in method:

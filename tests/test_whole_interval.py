@@ -1,0 +1,78 @@
+"""`WholeInterval`: one step from t0 to t1, of any solver."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffrax_deer import WholeInterval
+
+from .helpers import adjoints, each_adjoint, newton_solver
+from .oracle import assert_equal
+
+
+def _solve(t0, t1, dt0=0.1, solver=None, **kwargs):
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.Euler() if solver is None else solver,
+        t0,
+        t1,
+        dt0,
+        jnp.array([2.0]),
+        stepsize_controller=WholeInterval(),
+        **kwargs,
+    )
+
+
+def test_whole_interval_is_one_step_whatever_rounding_does():
+    t0s = np.repeat([0.1, 1.0, 1234.5], 50)
+    lengths = np.random.default_rng(0).uniform(0.1, 3.0, 150)
+    # Backwards, too.
+    t1s = t0s + lengths * np.where(np.arange(150) % 3 == 0, -1, 1)
+
+    @jax.jit
+    @jax.vmap
+    def run(t0, t1):
+        sol = _solve(t0, t1)
+        return sol.stats["num_steps"], sol.ts[-1], sol.ys[-1]
+
+    num_steps, ends, ys = run(jnp.asarray(t0s), jnp.asarray(t1s))
+    assert (np.asarray(num_steps) == 1).all()
+    np.testing.assert_array_equal(ends, t1s)
+    # One step of Euler's method.
+    np.testing.assert_allclose(ys[:, 0], 2 * (1 - (t1s - t0s)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dt0", [None, 0.25, -7.0])
+def test_first_step_size_plays_no_part_and_both_ends_have_a_derivative(dt0):
+    last = lambda t0, t1: _solve(t0, t1, dt0).ys[-1, 0]
+    value, gradient = jax.value_and_grad(last, (0, 1))(jnp.array(0.5), jnp.array(1.2))
+    np.testing.assert_allclose(value, 2 * (1 - 0.7), rtol=1e-14)
+    np.testing.assert_allclose(gradient, [2.0, -2.0], rtol=1e-14)
+
+
+@pytest.mark.raises
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, jnp.inf), (-jnp.inf, 0.0)])
+def test_infinite_interval_cannot_be_one_step(t0, t1):
+    with pytest.raises(Exception, match="has to be finite"):
+        jax.block_until_ready(_solve(t0, t1).ys)
+
+
+@each_adjoint
+def test_empty_interval_has_the_initial_value_everywhere(adjoint):
+    subs = (
+        diffrax.SubSaveAt(t0=True, ts=jnp.array([1.0, 1.0]), t1=True),
+        diffrax.SubSaveAt(steps=True),
+    )
+    saveat = diffrax.SaveAt(subs=subs, dense=True)
+    kwargs = dict(saveat=saveat, adjoint=adjoints[adjoint], max_steps=4)
+    solver = newton_solver(num_steps=4)
+    sol = jax.jit(lambda: _solve(1, 1, None, solver, **kwargs))()
+    assert sol.result == diffrax.RESULTS.successful
+    assert sol.stats["num_steps"] == 0
+    np.testing.assert_array_equal(sol.ts[0], np.ones(4))
+    assert_equal(sol.ys[0], jnp.full((4, 1), 2.0))
+    np.testing.assert_array_equal(sol.ts[1], np.inf)
+    np.testing.assert_array_equal(sol.ys[1], np.inf)
+    assert_equal(sol.evaluate(1.0), jnp.array([2.0]))
