@@ -29,7 +29,7 @@ from ._checks import explained
 from ._custom_types import State, States
 from ._gradient import AbstractGradient, Solution, mask_unsolved
 from ._method import AbstractMethod
-from ._prefix import select, shift
+from ._prefix import count_leading_true, hold_last, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
 
@@ -64,6 +64,16 @@ def _solve(step_map, y0, xs, *, guess, method, gradient, placeholder_x):
     if aux is None:
         points = evaluation_points(y0, xs, ys, num_solved, placeholder_x)
         _, aux = jax.vmap(step_map.evaluate)(*points)
+    if step_map.is_defined is not None:
+        num_defined = count_leading_true(jax.vmap(step_map.is_defined)(aux))
+        result = optx.RESULTS.where(
+            num_defined < num_solved, optx.RESULTS.nonfinite, statistics.result
+        )
+        num_solved = jnp.minimum(num_solved, num_defined)
+        ys = hold_last(y0, ys, num_solved)
+        statistics = dataclasses.replace(
+            statistics, num_solved=num_solved, result=result
+        )
     solved = jnp.arange(len(ys)) < num_solved
     statistics = dataclasses.replace(statistics, gradient=gradient)
     return ys, statistics, mask_unsolved(solved, aux)

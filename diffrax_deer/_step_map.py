@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Matrix, State, VectorField
 from ._linalg.transitions import AbstractTransition, Dense
@@ -29,6 +29,8 @@ class StepMap(eqx.Module):
         beginning of the step `first` to the end of `last`; otherwise `None`.
     - `coarse_interpolate(first, last, x, y)`: what that one predicts for the state
         after the step `x` between them.
+    - `is_defined(aux)`: where a step without it counts as not solved, whether what it
+        yields has a value; otherwise `None`.
     - `is_implicit`: whether a step solves equations of its own.
     - `eps`: the rounding unit of the state, `None` for that of its type.
     """
@@ -45,6 +47,7 @@ class StepMap(eqx.Module):
     coarse_interpolate: (
         Callable[[PyTree[Any], PyTree[Any], PyTree[Any], State], State] | None
     ) = None
+    is_defined: Callable[[PyTree[Array]], Bool[Array, ""]] | None = None
     is_implicit: bool = eqx.field(static=True, default=False)
     eps: float | None = eqx.field(static=True, default=None)
 
@@ -67,6 +70,7 @@ class StepMap(eqx.Module):
             convert(self.step_by_stages, x, y),
             convert(self.coarse_step, x, x, y),
             convert(self.coarse_interpolate, x, x, x, y),
+            self.is_defined,
             self.is_implicit,
             self.eps,
         )

@@ -291,7 +291,7 @@ def test_first_and_second_derivatives_are_those_of_the_oracle(path):
 # ---- Windows without solution, batches ----
 
 
-def test_a_batch_of_samples_that_take_one_step_or_many_or_fail():
+def test_batch_of_samples_that_take_one_step_or_many_or_fail():
     # More than are differentiated, or skipped, together; the last is infinite at t = 1.
     t1s, y0s = jnp.array([0.9, 0.005, 0.6, 2.0]), jnp.array([1.0, 0.5, -1.0, 1.0])
     max_steps = 150
@@ -337,7 +337,7 @@ def test_a_batch_of_samples_that_take_one_step_or_many_or_fail():
 
 
 @pytest.mark.parametrize("path", ["static", "adaptive"])
-def test_a_window_without_solution_is_the_last(path):
+def test_window_without_solution_is_the_last(path):
     # y = (1 - rate t)**2 until it would be negative; in the first window, or the third.
     term = diffrax.ODETerm(lambda t, y, rate: -2 * rate * jnp.sqrt(y) - 0.01)
     rates, num_solved = jnp.array([4.0, 1.0, 0.3]), jnp.array([0, 2, 4])
@@ -392,7 +392,7 @@ def test_a_window_without_solution_is_the_last(path):
         assert_equal(gradient[i, :count], e_gradient[i, :count], 1e-10)
 
 
-def test_a_window_that_is_rejected_leaves_no_nan():
+def test_window_that_is_rejected_leaves_no_nan():
     # The first one is too long: the field is NaN where it leads.
     field = lambda t, y, args: -args * jnp.sqrt(y) * (1 + 40 * jnp.sin(9 * t) ** 2)
 
@@ -450,7 +450,7 @@ def test_static_windows_that_are_too_many_are_reported_and_the_others_saved():
         _solve(p, solver, diffrax.StepTo(ends), DEERAdjoint(), saveat, max_steps=3)
 
 
-def test_a_solve_in_two_parts_is_the_solve_in_one():
+def test_solve_in_two_parts_is_the_solve_in_one():
     save: dict[str, Any] = dict(
         solver_state=True, controller_state=True, made_jump=True
     )
@@ -498,7 +498,7 @@ def test_statistics_are_of_the_method_the_gradient_iterations_and_residual():
 
     @jax.jit
     def run(p):
-        of = lambda *args: _solve(p, *args, saveat, throw=False).stats
+        of = lambda *which: _solve(p, *which, saveat=saveat, throw=False).stats
         return {
             "together": of(newton, WholeInterval(), DEERAdjoint()),
             "windows": of(newton, _PID, DEERAdjoint()),
@@ -567,7 +567,7 @@ def test_what_cannot_be_recorded_is_left_to_diffrax(
         assert (stats[name] is None) == is_delegated
 
 
-def test_the_progress_meter_shows_what_it_shows_without_the_adjoint(capsys):
+def test_progress_meter_shows_what_it_shows_without_the_adjoint(capsys):
     meter = diffrax.TextProgressMeter(minimum_increase=0.1)
     solver = newton_solver(_INNER, num_steps=4)
 

@@ -446,7 +446,6 @@ def _assert_leaves_equal(found: Any, expected: Any, tolerance: float):
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("tree", _TREES.values(), ids=_TREES.keys())
 def test_any_pytree_is_carried_as_by_lax_scan(tree):
     f, init, xs, kwargs, tolerance = tree

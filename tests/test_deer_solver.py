@@ -90,7 +90,7 @@ def test_every_step_map_is_itself_and_of_its_order_in_both_directions(name):
     num_steps, term, args = 6, diffrax.ODETerm(_field), jnp.ones(())
 
     def as_users_call_it(t0, t1):
-        kwargs = dict(stepsize_controller=WholeInterval())
+        kwargs: Any = dict(stepsize_controller=WholeInterval())
         solver = DEERSolver(inner, num_steps)
         return diffrax.diffeqsolve(
             term, solver, t0, t1, None, _exact(t0), args, **kwargs
@@ -413,7 +413,7 @@ def test_sums_of_terms_and_controls_work_as_one_field():
     @jax.jit
     def both():
         def run(term, solver, controller):
-            steps = dict(stepsize_controller=controller, max_steps=12)
+            steps: Any = dict(stepsize_controller=controller, max_steps=12)
             return diffrax.diffeqsolve(term, solver, 0.0, 1.0, None, y0, **steps).ys
 
         deer = newton_solver(diffrax.Heun(), num_steps=12)
@@ -663,7 +663,7 @@ def test_choices_are_those_that_the_statistics_name(method):
     y0 = jnp.asarray(_VDP.y0)
     term, args = diffrax.ODETerm(_VDP.field), jnp.asarray(_VDP.args)
     solver = DEERSolver(num_steps=5, method=method)
-    kwargs = dict(stepsize_controller=WholeInterval(), adjoint=DEERAdjoint())
+    kwargs: Any = dict(stepsize_controller=WholeInterval(), adjoint=DEERAdjoint())
 
     def run(y0):
         sol = diffrax.diffeqsolve(term, solver, 0, 1, None, y0, args, **kwargs)

@@ -156,7 +156,7 @@ def test_event_in_static_windows_is_that_of_the_inner_solver(name):
     @jax.jit
     def both(p):
         of = lambda *which: jax.value_and_grad(
-            lambda p: solve(*which, p), has_aux=True
+            lambda p: solve(*which, p=p), has_aux=True
         )(p)
         ours = newton_solver(inner, num_steps), 4, DEERAdjoint(), 1
         direction = jax.tree.map(jnp.cos, p)
@@ -324,7 +324,7 @@ def test_event_under_a_controller_is_that_of_diffrax_itself():
     @jax.jit
     def both(y0):
         of = lambda *which: jax.value_and_grad(
-            lambda y0: solve(*which, y0), has_aux=True
+            lambda y0: solve(*which, y0=y0), has_aux=True
         )(y0)
         ours = DEERSolver(inner, num_steps=1), DEERAdjoint()
         return of(*ours), of(inner, _SEQUENTIAL)

@@ -1,5 +1,7 @@
 """The exponential Rosenbrock-Euler method, the scheme of the DEER paper."""
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from diffrax_deer import (
 from .helpers import newton_solver, relative_error
 
 
-def _one_step(term, h, y0, args=None, t0=0.0):
+def _one_step(term, h, y0, args=None, t0: Any = 0.0):
     solver = ExponentialRosenbrockEuler()
     t0, t1 = jnp.asarray(t0), t0 + h
     y1, error, *_ = solver.step(term, t0, t1, y0, args, None, made_jump=False)

@@ -1,6 +1,7 @@
 """One step of a diffrax solver on the flat state, against diffrax's own."""
 
 import dataclasses
+from typing import Any
 
 import diffrax
 import jax
@@ -43,16 +44,19 @@ def _of_diffrax(solver, term, x, y0):
 
 
 def test_root_finder_of_ones_own_is_kept_and_another_converges_to_rounding():
-    root_finder = prepare(diffrax.Kvaerno3(), 1e-16).root_finder
+    ready: Any = prepare(diffrax.Kvaerno3(), 1e-16)
+    root_finder = ready.root_finder
     assert isinstance(root_finder, optx.Newton)
     assert (root_finder.rtol, root_finder.atol) == (1e-8, 1e-8)
     own = diffrax.VeryChord(rtol=1e-3, atol=1e-4)
     solver = diffrax.HalfSolver(diffrax.Kvaerno3(root_finder=own))
-    inner = prepare(solver, 1e-16).solver
+    wrapped: Any = prepare(solver, 1e-16)
+    inner = wrapped.solver
     assert type(inner.root_finder) is diffrax.VeryChord
     assert (inner.root_finder.rtol, inner.root_finder.atol) == (1e-3, 1e-4)
     assert inner.scan_kind == "bounded"
-    assert prepare(diffrax.Heun(scan_kind="lax"), 1e-16).scan_kind == "lax"
+    heun: Any = prepare(diffrax.Heun(scan_kind="lax"), 1e-16)
+    assert heun.scan_kind == "lax"
 
 
 @pytest.mark.parametrize("solver", [diffrax.Kvaerno5(), diffrax.ImplicitEuler()])

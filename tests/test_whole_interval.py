@@ -1,5 +1,7 @@
 """`WholeInterval`: one step from t0 to t1, of any solver."""
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from .helpers import adjoints, each_adjoint, newton_solver
 from .oracle import assert_equal
 
 
-def _solve(t0, t1, dt0=0.1, solver=None, **kwargs):
+def _solve(t0, t1, dt0: Any = 0.1, solver=None, **kwargs: Any):
     return diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: -y),
         diffrax.Euler() if solver is None else solver,
@@ -66,7 +68,7 @@ def test_empty_interval_has_the_initial_value_everywhere(adjoint):
         diffrax.SubSaveAt(steps=True),
     )
     saveat = diffrax.SaveAt(subs=subs, dense=True)
-    kwargs = dict(saveat=saveat, adjoint=adjoints[adjoint], max_steps=4)
+    kwargs: Any = dict(saveat=saveat, adjoint=adjoints[adjoint], max_steps=4)
     solver = newton_solver(num_steps=4)
     sol = jax.jit(lambda: _solve(1, 1, None, solver, **kwargs))()
     assert sol.result == diffrax.RESULTS.successful

@@ -56,7 +56,9 @@ def test_earlier_trajectory_is_interpolated_and_ends_half_a_step_after_its_end(d
     expected = np.stack([np.interp(ts, _TS, _YS[:, i]) for i in range(2)], axis=1)
     expected[[0, -2, -1]] = np.nan
     assert ys.dtype == dtype
-    np.testing.assert_allclose(ys, expected, rtol=1e-6 if dtype == jnp.float32 else 1e-14)
+    np.testing.assert_allclose(
+        ys, expected, rtol=1e-6 if dtype == jnp.float32 else 1e-14
+    )
 
 
 def test_trajectory_on_the_same_times_is_the_guess_as_it_is():
@@ -178,7 +180,8 @@ def test_solution_of_several_terms_is_its_own_guess_backwards_in_time():
     y0, inner = (jnp.array([1.0]), jnp.array([0.5])), diffrax.SemiImplicitEuler()
 
     def run(solver, saveat):
-        steps = dict(stepsize_controller=WholeInterval(), saveat=saveat, max_steps=1)
+        kwargs: Any = dict(stepsize_controller=WholeInterval(), max_steps=1)
+        steps = kwargs | {"saveat": saveat}
         return diffrax.diffeqsolve(terms, solver, 3.0, 0.0, None, y0, **steps)
 
     @jax.jit
@@ -232,9 +235,7 @@ def test_state_is_of_the_type_that_diffrax_makes(y0):
     )
     given, made = jax.jit(lambda: (run(solver_state=state), run()))()
     assert_equal(given.ys, made.ys)
-    steps = one_by_one(
-        term, solver.solver, (jnp.zeros(1), jnp.ones(1)), 8, (2.0, 0.0)
-    )
+    steps = one_by_one(term, solver.solver, (jnp.zeros(1), jnp.ones(1)), 8, (2.0, 0.0))
     assert_equal(jax.tree.map(lambda y: y[-1], given.ys), steps.last())
 
 

@@ -130,7 +130,7 @@ def solve_grid(
         step_map, state, xs, guess, method, gradient, placeholder
     )
     if parts is not None:
-        ys, statistics, steps = parts.complete(y0, ys, statistics, steps)
+        ys, steps = parts.complete(y0, ys, steps)
     succeeded = jnp.ones(len(ys), bool)
     if steps.result is not None:
         succeeded = steps.result == diffrax.RESULTS.successful

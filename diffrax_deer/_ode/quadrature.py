@@ -21,7 +21,6 @@ import equinox as eqx
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
-import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._custom_types import (
@@ -34,9 +33,8 @@ from .._custom_types import (
     States,
     Y,
 )
-from .._prefix import count_leading_true, hold_last
+from .._prefix import shift
 from .._ravel import Unravel, ravel
-from .._statistics import Statistics
 from .._step_map import StepMap
 from .rosenbrock_euler import ExponentialRosenbrockEuler
 from .runge_kutta import Times, stage_state, tableau_of, time_of
@@ -157,34 +155,23 @@ class Partition(eqx.Module):
             inner,
             step_with_aux=with_aux(self._full, first),
             step_by_stages=inner.step_by_stages and by_stages,
+            is_defined=lambda step: jnp.all(jnp.isfinite(step.y1)),
         )
 
     def complete(
-        self, y0: State, zs: CoupledStates, statistics: Statistics, steps: StepResult
-    ) -> tuple[States, Statistics, StepResult]:
+        self, y0: State, zs: CoupledStates, steps: StepResult
+    ) -> tuple[States, StepResult]:
         """The whole trajectory, `(time, state)`, from that of z, `(time, coupled)`.
 
-        A step counts as solved if z and q are finite. Differentiable.
+        `steps` are those of `step_map`, zero where they were not solved.
         """
-        z0, q0 = self.split(y0)
+        _, q0 = self.split(y0)
         _, increments = jax.vmap(self.split)(steps.y1)
-        qs = jnp.cumsum(jnp.concatenate([q0[None], increments]), axis=0)[1:]
-        num_finite = count_leading_true(jnp.all(jnp.isfinite(qs), axis=-1))
-        result = optx.RESULTS.where(
-            num_finite < statistics.num_solved,
-            optx.RESULTS.nonfinite,
-            statistics.result,
-        )
-        num_solved = jnp.minimum(statistics.num_solved, num_finite)
-        zs, qs = hold_last(z0, zs, num_solved), hold_last(q0, qs, num_solved)
+        qs = q0[None] + jnp.cumsum(increments, axis=0)
         ys = jax.vmap(self.join)(zs, qs)
-        starts = jnp.concatenate([y0[None], ys[:-1]])
         unravel = jax.vmap(self.whole.unravel)
-        info = steps.dense_info | {"y0": unravel(starts), "y1": unravel(ys)}
-        statistics = dataclasses.replace(
-            statistics, num_solved=num_solved, result=result
-        )
-        return ys, statistics, steps._replace(y1=ys, dense_info=info)
+        info = {"y0": unravel(shift(y0, ys)), "y1": unravel(ys)}
+        return ys, steps._replace(y1=ys, dense_info=steps.dense_info | info)
 
 
 def partition(inner: SolverStep, x: Times, y: State) -> Partition | None:

@@ -162,8 +162,8 @@ class SolverStep(eqx.Module):
             with_aux(self.full_by_stages) if has_stages else None,
             self.coarse_step,
             self.coarse_interpolate,
-            self.is_implicit,
-            rounding(self.unravel(y)),
+            is_implicit=self.is_implicit,
+            eps=rounding(self.unravel(y)),
         )
 
     def _full(self, x: Times, y: State, by_jacobians: bool) -> StepResult:
