@@ -76,10 +76,9 @@ class Newton(AbstractMethod):
         error of each step, in each component relative to the largest value that it has
         had so far; not those of the differential equation. `None` means close to
         rounding, eps**0.75 of the coarsest type in the state, and zero.
-    - `max_iterations`: at most this many iterations, for each window of a
-        `DEERSolver`; `None` means as many as there are steps, which always suffices.
-        Too few are a failure, which a step size controller answers with a smaller
-        window.
+    - `max_iterations`: at most this many iterations in one solve; `None` means as many
+        as there are steps, which always suffices. Too few are a failure, which a step
+        size controller answers with a smaller window.
     - `window`: the iteration works on this many steps at once, beginning with the first
         that has not converged. `None` means 1024 on a CPU, and elsewhere as many as
         have four million Jacobian entries, but at least 1024.

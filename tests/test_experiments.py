@@ -16,7 +16,7 @@ import optax
 import pytest
 import tyro
 
-from experiments import adaptive
+from experiments import adaptive, iterates
 from experiments.common import results as results_module
 from experiments.common.checkpoint import (
     check_same_config,
@@ -455,3 +455,21 @@ def test_settings_of_the_adaptive_comparison_that_make_no_sense(tmp_path):
     for changes in ({"repeats": 0}, {"tolerance": 2.0}, {"batch_sizes": ()}):
         with pytest.raises(ExperimentError):
             adaptive.main(dataclasses.replace(base, **changes))
+
+
+@pytest.mark.slow
+def test_iterates_are_drawn(tmp_path):
+    out = tmp_path / "iterates.json"
+    errors = iterates.main(iterates.Config(smoke=True, out=out))["errors"]
+    # Rounding, after 8 iterations of Newton's method for 20 steps.
+    assert errors["Newton"][0] > 1
+    assert errors["Newton"][-1] < 1e-12
+    assert errors["Picard"][-1] > 1e-3
+    assert json.loads(out.read_text())["errors"] == errors
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_iterates_refuse_to_be_none(tmp_path):
+    config = iterates.Config(num_iterations=0, out=tmp_path / "iterates.json")
+    with pytest.raises(ExperimentError, match="--num-iterations"):
+        iterates.main(config)
