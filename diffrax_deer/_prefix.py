@@ -15,8 +15,11 @@ def shift(y0: State, ys: States) -> States:
 
 
 def max_norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
-    """The maximum norm of a state: unlike a component, it rarely passes through 0."""
-    return jnp.max(jnp.abs(x), axis=-1)
+    """The maximum norm of a state: unlike a component, it rarely passes through 0.
+
+    Infinite where a component is NaN, which `jnp.max` drops from large arrays on a CPU.
+    """
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), axis=-1)
 
 
 def count_leading_true(mask: Bool[Array, " time"]) -> Int[Array, ""]:

@@ -148,17 +148,15 @@ def make_evaluate(
 ) -> Callable[[TrainState], dict[str, float | None]]:
     """How far predicted trajectories are from true ones, and what a solve costs.
 
-    All are means over the trajectories of the test, over the longest horizon and from a
-    cold start:
+    All are means over the test, over the longest horizon and from a cold start:
 
     - `trajectory_error`: root mean square of the distance of a body from where it is;
     - `energy_drift`: mean change of the true energy along the prediction, relative;
     - `solve_error`: largest error of a component, against a method of higher order;
     - `nfe`, `num_iterations`: see `count_work`.
 
-    `validation_loss` is the loss for the trajectories of the validation, and
-    `num_iterations_warm` the mean of what the samples took when they were last trained
-    with.
+    `validation_loss` is that of other trajectories, and `num_iterations_warm` the mean
+    of what the samples took when they were last trained with.
     """
     options = config.options_for(name, config.num_times)
 

@@ -531,40 +531,28 @@ def test_statistics_are_of_the_method_the_gradient_iterations_and_residual():
         assert chosen["gradient"] == SequentialGradient()
 
 
-@pytest.mark.parametrize(
-    ("controller", "num_steps", "max_steps", "is_delegated"),
-    [
-        (_PID, 64, 256, False),
-        (_PID, 64, 257, True),
-        (_PID, 1, None, True),
-        (diffrax.ConstantStepSize(), 1, 16, False),
-        (diffrax.ConstantStepSize(), 1, None, True),
-        (diffrax.ClipStepSizeController(_PID), 1, 16, True),
-        (WholeInterval(), 2**16, None, False),
-    ],
-)
-def test_what_cannot_be_recorded_is_left_to_diffrax(
-    controller, num_steps, max_steps, is_delegated
-):
-    # A state of two components; 2**15 numbers are recorded.
-    solver = newton_solver(_INNER, num_steps=num_steps)
-    stats = jax.eval_shape(
-        lambda p: (
-            _solve(
-                p,
-                solver,
-                controller,
-                DEERAdjoint(),
-                diffrax.SaveAt(t1=True),
-                dt0=0.1,
-                max_steps=max_steps,
-            ).stats
-        ),
-        _PARAMETERS,
-    )
-    assert type(stats["method"]) is Newton
-    for name in ("num_newton_iterations", "max_newton_iterations", "residual"):
-        assert (stats[name] is None) == is_delegated
+# A state of two components; 2**15 numbers are recorded.
+_IS_DELEGATED = [
+    (_PID, 64, 256, False),
+    (_PID, 64, 257, True),
+    (_PID, 1, None, True),
+    (diffrax.ConstantStepSize(), 1, 16, False),
+    (diffrax.ConstantStepSize(), 1, None, True),
+    (diffrax.ClipStepSizeController(_PID), 1, 16, True),
+    (WholeInterval(), 2**16, None, False),
+]
+
+
+def test_what_cannot_be_recorded_is_left_to_diffrax():
+    saveat = diffrax.SaveAt(t1=True)
+    for controller, num_steps, max_steps, is_delegated in _IS_DELEGATED:
+        which = newton_solver(_INNER, num_steps), controller, DEERAdjoint(), saveat
+        steps = dict(dt0=0.1, max_steps=max_steps)
+        run = lambda p, which=which, steps=steps: _solve(p, *which, **steps).stats
+        stats = jax.eval_shape(run, _PARAMETERS)
+        assert type(stats["method"]) is Newton
+        for name in ("num_newton_iterations", "max_newton_iterations", "residual"):
+            assert (stats[name] is None) == is_delegated
 
 
 def test_progress_meter_shows_what_it_shows_without_the_adjoint(capsys):
@@ -607,33 +595,33 @@ _KINDS: dict[str, tuple[Any, Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", _KINDS)
-def test_types_are_those_that_dopri5_would_give(kind):
+def _types(solver, adjoint, kind):
     t0, t1, dt0, y0 = _KINDS[kind]
-    term = diffrax.ODETerm(lambda t, y, args: jax.tree.map(lambda x: -x, y))
 
-    def types(solver, adjoint):
-        def run():
-            sol = diffrax.diffeqsolve(
-                term,
-                solver,
-                t0,
-                t1,
-                dt0,
-                y0,
-                stepsize_controller=_PID,
-                saveat=diffrax.SaveAt(t0=True, t1=True, steps=True),
-                adjoint=adjoint,
-                max_steps=4,
-            )
-            num_steps = sol.stats["num_steps"]
-            return sol.ts, sol.ys, sol.t0, sol.t1, num_steps, sol.event_mask
+    def run():
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jax.tree.map(lambda x: -x, y)),
+            solver,
+            t0,
+            t1,
+            dt0,
+            y0,
+            stepsize_controller=_PID,
+            saveat=diffrax.SaveAt(t0=True, t1=True, steps=True),
+            adjoint=adjoint,
+            max_steps=4,
+        )
+        return sol.ts, sol.ys, sol.t0, sol.t1, sol.stats["num_steps"], sol.event_mask
 
-        return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run))
+    return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run))
 
-    expected = types(diffrax.Dopri5(), _SEQUENTIAL)
+
+def test_types_are_those_that_dopri5_would_give():
     solver = newton_solver(diffrax.Heun(), num_steps=4)
-    assert types(solver, DEERAdjoint()) == types(solver, _SEQUENTIAL) == expected
+    for kind in _KINDS:
+        expected = _types(diffrax.Dopri5(), _SEQUENTIAL, kind)
+        assert _types(solver, _SEQUENTIAL, kind) == expected, kind
+        assert _types(solver, DEERAdjoint(), kind) == expected, kind
 
 
 def test_integers_and_single_precision_give_the_values_of_doubles():

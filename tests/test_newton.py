@@ -519,3 +519,15 @@ def test_component_that_is_nothing_but_rounding_is_right_too():
     assert 0 < float(jnp.max(jnp.abs(expected[:, 2]))) < 1e-5
     for found, wanted in zip(ys.T, expected.T, strict=True):
         assert relative_error(found, wanted) < 1e-4
+
+
+def test_a_value_that_is_lost_in_a_large_array_is_no_success():
+    # `jnp.max` drops NaN from arrays of 4096 numbers and more on a CPU.
+    def step(x, y):
+        return jnp.where(x == 3000, jnp.nan, 0.5 * y + jnp.sin(x.astype(y.dtype)))
+
+    _, statistics = solved(
+        StepMap(step), jnp.ones(2), jnp.arange(4200), method=newton(max_iterations=5)
+    )
+    assert not result_is(statistics.result, "successful")
+    assert int(statistics.num_solved) <= 3000

@@ -12,6 +12,7 @@ from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
 from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
+from .._prefix import max_norm
 from .._solve import evaluation_points, solve
 from .._statistics import Statistics
 from .._step_map import StepMap
@@ -62,8 +63,8 @@ class Trajectory(eqx.Module):
         """That of any step, `(state,)`; infinite if there is no solution."""
         if self.errors is None:
             return None
-        error = jnp.max(jnp.abs(self.errors), axis=0)
-        failed = (self.result() != diffrax.RESULTS.successful) | jnp.isnan(error)
+        error = max_norm(self.errors.T)
+        failed = self.result() != diffrax.RESULTS.successful
         return jnp.where(failed, jnp.inf, error)
 
 

@@ -28,6 +28,7 @@ from .._custom_types import State, States
 from .._defaults import MAX_DAMPED_ITERATIONS, MIN_DAMPING, RATE_SAFETY, tolerance
 from .._linalg.transitions import AbstractTransition, multiply
 from .._linearization import AbstractLinearization, FullJacobian
+from .._prefix import max_norm
 from .._statistics import Statistics
 from .._step_map import StepMap
 
@@ -87,12 +88,12 @@ class Equations(eqx.Module):
         """The largest part of Newton's update, a power of 1/2, that is accepted."""
         newton = self.newton(ys)
         full = newton(residuals)
-        size = jnp.max(jnp.abs(full))
+        size = max_norm(full.reshape(-1))
 
         def too_long(part):
             new = ys + part * full
             # Deuflhard's restricted natural monotonicity test.
-            left = jnp.max(jnp.abs(newton(self.images(new) - new)))
+            left = max_norm(newton(self.images(new) - new).reshape(-1))
             return ~(left <= (1 - part / 4) * size) & (part > MIN_DAMPING)
 
         half = jnp.array(0.5, ys.dtype)
@@ -140,7 +141,7 @@ class DampedNewton(eqx.Module):
 
         def measure(x, ys):
             scale = atol + rtol * jnp.max(jnp.abs(ys), axis=0, keepdims=True)
-            return jnp.max(jnp.where(x == 0, 0.0, jnp.abs(x) / scale))
+            return max_norm(jnp.where(x == 0, 0.0, x / scale).reshape(-1))
 
         def iterate(state):
             ys, residuals, old, _, count = state
@@ -169,6 +170,7 @@ class DampedNewton(eqx.Module):
         solved = measure(residuals, ys) <= 1
         solved &= (error <= 1) | (count >= self.max_iterations)
         finite = jnp.all(jnp.isfinite(ys) & jnp.isfinite(residuals))
+        solved &= finite
         result = optx.RESULTS.where(
             finite, optx.RESULTS.nonlinear_max_steps_reached, optx.RESULTS.nonfinite
         )
