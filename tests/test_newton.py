@@ -38,6 +38,7 @@ from .helpers import (
     rk4,
     scans,
     sequential,
+    solved,
 )
 
 
