@@ -102,7 +102,7 @@ def advise(
     - `batch_size`: so many copies of `y0`, under `jax.vmap` if more than one.
 
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range,
-    noise, a `jax.custom_vjp`, and in `jax.jit`; `RuntimeError` if `t1` is not reached.
+    an SDE, a `jax.custom_vjp`, and in `jax.jit`; `RuntimeError` if `t1` is not reached.
 
     **Cost:** compiles about eight solves, 20 to 60 seconds; times them for 1 to 10.
     """

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ._custom_types import Y
 
-# Their steps carry more than the state from one to the next, or need a noise.
+# Their steps carry more than the state from one to the next, or belong to an SDE.
 _NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
 _STOCHASTIC = (
     diffrax.AbstractSRK,
@@ -65,7 +65,7 @@ def check_tolerance(name: str, value: Any) -> None:
 
 
 def check_step_map(solver: diffrax.AbstractSolver) -> None:
-    """Raises for solvers that are not one-step methods of an equation without noise."""
+    """Raises for solvers that are not one-step methods of an ODE."""
     name = type(solver).__name__
     if isinstance(solver, _STOCHASTIC):
         msg = (

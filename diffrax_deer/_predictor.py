@@ -56,7 +56,7 @@ class ConstantPredictor(AbstractPredictor):
 
 
 class CoarsePredictor(AbstractPredictor):
-    """Steps `stride` times as long as the others, in sequence, and interpolated.
+    """Steps `stride` times as long as the others, one after another, interpolated.
 
     The step is the step map's own over a longer time, its dense output the prediction.
     Costs N / `stride` steps one after another. Where such a step fails, and for
@@ -65,7 +65,7 @@ class CoarsePredictor(AbstractPredictor):
     **Arguments:**
 
     - `stride`: the length of a step, in steps of the solve. The longer, the fewer steps
-        in sequence, and the more iterations afterwards.
+        one after another, and the more iterations afterwards.
 
     ??? cite "Reference"
 

@@ -39,8 +39,9 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
     events under a controller, `max_steps=None`, and windows of which `max_steps` would
     be too many to record, more than 2^15 numbers.
 
-    Derivatives are exact, in forward and reverse mode and of any order, with respect to
-    `y0`, `args`, all that the vector field closes over, `t0`, `t1` and save times.
+    Derivatives are exact with respect to `y0`, `args`, all that the vector field closes
+    over, `t0`, `t1` and save times: in forward and reverse mode and of any order, but
+    where the solve is left to diffrax, whose loop has gradients only.
 
     `sol.stats` has, beside diffrax's numbers of steps (= windows) made, accepted and
     rejected: `method` and `gradient`, which were used; `num_newton_iterations`, all of

@@ -76,7 +76,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         `Sequential()` needs none.
 
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range, at
-    construction; for terms with noise, for a guess of another structure than y0, and
+    construction; for terms of an SDE, for a guess of another structure than y0, and
     for a derivative of a field with a `jax.custom_vjp`, at trace time. A failed solve
     is a `diffrax.RESULTS`.
 
