@@ -431,23 +431,27 @@ def test_window_that_is_rejected_leaves_no_nan():
 def test_static_windows_that_are_too_many_are_reported_and_the_others_saved():
     ends = jnp.array([0.0, 0.5, 1.0, 1.5, 2.0])
     p = _PARAMETERS | {"t0": ends[0], "t1": ends[-1]}
-    saveat = diffrax.SaveAt(ts=jnp.array([0.4, 1.4, 1.6]), t1=True)
+    states: dict[str, Any] = dict(controller_state=True, made_jump=True)
+    saveat = diffrax.SaveAt(ts=jnp.array([0.4, 1.4, 1.6]), t1=True, **states)
     solver = newton_solver(_INNER, num_steps=4)
 
-    @jax.jit
-    def solve(p):
-        steps, kwargs = diffrax.StepTo(ends), dict(max_steps=3, throw=False)
-        return _solve(p, solver, steps, DEERAdjoint(), saveat, **kwargs)
+    def solve(p, adjoint, throw=False):
+        steps = diffrax.StepTo(ends)
+        return _solve(p, solver, steps, adjoint, saveat, max_steps=3, throw=throw)
 
-    sol = solve(p)
+    run = lambda p: (solve(p, DEERAdjoint()), solve(p, _SEQUENTIAL))
+    sol, default = jax.jit(run)(p)
     assert sol.result == diffrax.RESULTS.max_steps_reached
     assert sol.stats["num_steps"] == 3
     np.testing.assert_allclose(sol.ts, [0.4, 1.4, 1.5, np.inf])
     windows = ends[:3], ends[1:4]
     steps = one_by_one(_term(p), _INNER, windows, 4, p["y0"], p["args"])
     assert_equal(sol.ys[:3], steps.at(jnp.array([0.4, 1.4, 1.5])))
+    # From there diffrax could go on.
+    for name in states:
+        assert_equal(getattr(sol, name), getattr(default, name))
     with pytest.raises(Exception, match="maximum number of solver steps was reached"):
-        _solve(p, solver, diffrax.StepTo(ends), DEERAdjoint(), saveat, max_steps=3)
+        jax.block_until_ready(jax.jit(lambda p: solve(p, DEERAdjoint(), True).ys)(p))
 
 
 def test_solve_in_two_parts_is_the_solve_in_one():

