@@ -62,6 +62,8 @@ MAX_DAMPED_ITERATIONS, MIN_DAMPING = 100, 2.0**-12
 # gradient is the faster one. `experiments.benchmark`, `results/benchmark/cpu/mlp_
 # gradient.json`: perceptrons, D = 2 to 8, 128 steps, batch 1 to 128. For other costs of
 # a step the other choice can be 1.6 times as fast (`results/long_horizon/cpu.json`).
+# `experiments.thresholds` measures this limit, the next, and the groups below; its
+# results are not committed yet.
 MAX_PARALLEL_ENTRIES = 128
 # The same for `deer_scan`: `results/benchmark/cpu/gru.json`, GRU, D = 1 to 16.
 MAX_PARALLEL_ENTRIES_SCAN = 256

@@ -17,8 +17,8 @@ class Statistics(eqx.Module):
         if the steps were made one after another.
     - `residual`: the largest component of $|\Phi_n(y_{n-1}) - y_n|$, in the units of y,
         measured on the result: over all steps, or over those up to the end of the
-        window where the solve has stopped. `None` if nothing was measured, because the
-        steps were made one after another.
+        window where the solve has stopped. Infinite where a step has no value; `None`
+        if nothing was measured, because the steps were made one after another.
     - `num_solved`: the leading steps that are solved, N on success.
     - `result`: an `optimistix.RESULTS`.
     - `method`, `gradient`: how the solution was found, and how it is differentiated,
