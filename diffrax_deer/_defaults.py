@@ -59,13 +59,11 @@ MAX_DAMPED_ITERATIONS, MIN_DAMPING = 100, 2.0**-12
 # --- How steps are made and differentiated ------------------------------------------
 
 # On a CPU, the entries D² of a Jacobian times the batch up to which the parallel
-# gradient is the faster one. `experiments.benchmark`, `results/benchmark/cpu/mlp_
-# gradient.json`: perceptrons, D = 2 to 8, 128 steps, batch 1 to 128. For other costs of
-# a step the other choice can be 1.6 times as fast (`results/long_horizon/cpu.json`).
-# `experiments.thresholds` measures this limit, the next, and the groups below; its
-# results are not committed yet.
+# gradient is the faster one. `experiments.thresholds`, `results/thresholds/cpu.json`:
+# perceptrons, D = 2 to 8, and FitzHugh-Nagumo, batch 1 to 128. For other costs of a
+# step the other choice can be 1.6 times as fast (`results/long_horizon/cpu.json`).
 MAX_PARALLEL_ENTRIES = 128
-# The same for `deer_scan`: `results/benchmark/cpu/gru.json`, GRU, D = 1 to 16.
+# The same for `deer_scan`, from the same results: GRU, D = 2 to 16, batch 1 to 64.
 MAX_PARALLEL_ENTRIES_SCAN = 256
 # Elsewhere `deer_scan` uses Newton's method up to this D, as far as it is faster in
 # arXiv:2309.12252, figure 2, on a V100. Not measured.
@@ -83,8 +81,8 @@ MAX_STAGE_STATE = 16
 # recorded, and differentiated together. Not measured since version 0.1, where more took
 # longer than the rest, to fill them with zeros in each sample of a batch.
 MAX_RECORD_ENTRIES = 2**15
-# Recorded steps that are differentiated at once: on a CPU, and elsewhere. Not measured
-# since version 0.1 on a CPU, nor at all elsewhere.
+# Recorded steps that are differentiated at once: on a CPU (`results/thresholds/cpu.json`)
+# and elsewhere (not measured).
 CPU_GROUP, GROUP = 8, 1024
 # Groups that are skipped together where nothing is left to do. As above.
 NUM_SKIPPED_GROUPS = 16
