@@ -81,8 +81,8 @@ MAX_STAGE_STATE = 16
 # recorded, and differentiated together. Not measured since version 0.1, where more took
 # longer than the rest, to fill them with zeros in each sample of a batch.
 MAX_RECORD_ENTRIES = 2**15
-# Recorded steps that are differentiated at once: on a CPU (`results/thresholds/cpu.json`)
-# and elsewhere (not measured).
+# Recorded steps that are differentiated at once: on a CPU, see `results/thresholds/cpu.
+# json`; elsewhere not measured.
 CPU_GROUP, GROUP = 8, 1024
 # Groups that are skipped together where nothing is left to do. As above.
 NUM_SKIPPED_GROUPS = 16
