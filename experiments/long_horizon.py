@@ -10,7 +10,6 @@ single precision, as neural ODEs are trained.
 """
 
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,7 @@ from jaxtyping import Array
 from experiments.common.affordable import describe_time, measure_methods, speed_up
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError, check_least, check_lists
-from experiments.common.measurement import TimedConfig, ready
+from experiments.common.measurement import TimedConfig, for_all_sizes, ready
 from experiments.common.results import conclude, format_table
 from experiments.common.solvers import BASELINE, LABELS, METHODS
 from experiments.common.workload import (
@@ -139,10 +138,7 @@ def table(results: dict[str, Any]) -> str:
 def main(config: Config) -> dict[str, Any]:
     """Measures, prints and writes the results."""
     config = ready(config)
-    cells = [
-        measure_cell(dim, batch_size, config)
-        for dim, batch_size in itertools.product(config.dims, config.batch_sizes)
-    ]
+    cells = for_all_sizes(config, measure_cell)
     return conclude("long_horizon", config, "float32", table, cells=cells)
 
 

@@ -9,7 +9,6 @@ the dataflow says that everything is coupled, a system of D + 1 dimensions.
 """
 
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,7 @@ from experiments.common.affordable import measure_methods
 from experiments.common.command_line import run
 from experiments.common.errors import check_least, check_lists
 from experiments.common.flow import DURATION, ConcatSquash, Flow
-from experiments.common.measurement import TimedConfig, ready
+from experiments.common.measurement import TimedConfig, for_all_sizes, ready
 from experiments.common.results import conclude, format_table
 from experiments.common.solvers import LABELS, METHODS
 from experiments.common.timing import describe_seconds, quartiles
@@ -135,10 +134,7 @@ def table(results: dict[str, Any]) -> str:
 def main(config: Config) -> dict[str, Any]:
     """Measures, prints and writes the results."""
     config = ready(config)
-    cells = [
-        measure_cell(dim, batch_size, config)
-        for dim, batch_size in itertools.product(config.dims, config.batch_sizes)
-    ]
+    cells = for_all_sizes(config, measure_cell)
     return conclude("quadratures", config, "float32", table, cells=cells)
 
 

@@ -1,6 +1,8 @@
 """Settings that measurements have in common, whatever they measure."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +67,14 @@ class CellsConfig(TimedConfig):
         super().check()
         limits = ("cell_seconds", "max_seconds", "max_gigabytes")
         check_positive(self, *limits, finite=False)
+
+
+def for_all_sizes(
+    config: Any, measure: Callable[[int, int, Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What `measure` returns for each of the `dims` and `batch_sizes` of a setting."""
+    sizes = itertools.product(config.dims, config.batch_sizes)
+    return [measure(dim, batch_size, config) for dim, batch_size in sizes]
 
 
 def ready(config: Any) -> Any:
