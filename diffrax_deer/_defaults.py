@@ -60,7 +60,8 @@ MAX_DAMPED_ITERATIONS, MIN_DAMPING = 100, 2.0**-12
 
 # On a CPU, the entries D² of a Jacobian times the batch up to which the parallel
 # gradient is the faster one. `experiments.thresholds`, `results/thresholds/cpu.json`:
-# perceptrons, D = 2 to 8, and FitzHugh-Nagumo, batch 1 to 128. For other costs of a
+# perceptrons, D = 2 to 8, and FitzHugh-Nagumo, batch 1 to 128, measured under load and
+# to be repeated; `results/benchmark/cpu` agrees. For other costs of a
 # step the other choice can be 1.6 times as fast (`results/long_horizon/cpu.json`).
 MAX_PARALLEL_ENTRIES = 128
 # The same for `deer_scan`, from the same results: GRU, D = 2 to 16, batch 1 to 64.
