@@ -219,8 +219,8 @@ class Picard(AbstractLinearization):
 class Jacobi(AbstractLinearization):
     r"""Jacobi iteration: $A_n = 0$, each step from the last iterate of the one before.
 
-    Exact for one more step with each iteration, which is what `deer_solve` has to fall
-    back on where `inverse` cannot make use of a derivative.
+    Makes one more step of a recurrence exact with each iteration. In `deer_solve` it
+    means G = 0, for an `inverse` that cannot use a derivative; its damping may stall.
     """
 
     def __call__(self, step_map, x, y_prev, y_next):
