@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import optimistix as optx
@@ -47,14 +48,19 @@ def evaluation_points(
     NaN would be NaN: the last step that was solved stands in for those that were not,
     and if there is none a step from `y0` driven by `placeholder_x`.
     """
-    solved, last = jnp.arange(len(ys)) < num_solved, jnp.maximum(num_solved - 1, 0)
-    starts = shift(y0, ys)
-    stand_in = lax.stop_gradient((jax.tree.map(lambda x: x[last], xs), starts[last]))
-    if placeholder_x is not None:
-        none = num_solved == 0
-        stand_in = select(none, (placeholder_x, lax.stop_gradient(y0)), stand_in)
-    fill = jax.vmap(select, in_axes=(0, 0, None))
-    return fill(solved, (xs, starts), stand_in)
+    points = xs, shift(y0, ys)
+
+    def filled():
+        solved, last = jnp.arange(len(ys)) < num_solved, jnp.maximum(num_solved - 1, 0)
+        stand_in = lax.stop_gradient(jax.tree.map(lambda x: x[last], points))
+        if placeholder_x is not None:
+            none = placeholder_x, lax.stop_gradient(y0)
+            stand_in = select(num_solved == 0, none, stand_in)
+        return jax.vmap(select, in_axes=(0, 0, None))(solved, points, stand_in)
+
+    # To look for what is hardly ever needed costs as much as a step of the solver.
+    complete = eqxi.unvmap_all(num_solved == len(ys))
+    return lax.cond(complete, lambda: points, filled)
 
 
 @eqx.filter_custom_jvp

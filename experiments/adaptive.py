@@ -3,10 +3,10 @@
 python -m experiments.adaptive
 
 The same call of `diffrax.diffeqsolve` with the same tolerance, once with `Dopri5` and
-then with `DEERSolver`, whose windows are of 64 steps by default, or shorter. Where few
-steps suffice long windows make more than are needed, and the table says so; windows of
-one step are the very steps that Dopri5 makes. All may make as many steps in the end:
-`max_steps` is 4096, divided by the steps of a window.
+then with `DEERSolver`, which on a CPU makes the very steps that Dopri5 makes, or
+windows of several. Where few steps suffice long windows make more than are needed, and
+the table says so. All may make as many steps in the end: `max_steps` is 4096, divided
+by the steps of a window.
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ _BASELINE = "Dopri5()"
 _DEFAULT, _DEER = diffrax.RecursiveCheckpointAdjoint(), DEERAdjoint()
 METHODS_COMPARED: dict[str, Method] = {
     _BASELINE: METHODS["dopri5_pid"],
-    "DEERSolver()": windows(64, _DEFAULT),
+    "DEERSolver()": windows(None, _DEFAULT),
     "DEERSolver(num_steps=8)": windows(8, _DEFAULT),
-    "DEERSolver(num_steps=1)": windows(1, _DEFAULT),
-    "DEERSolver(), DEERAdjoint()": windows(64, _DEER),
+    "DEERSolver(num_steps=64)": windows(64, _DEFAULT),
+    "DEERSolver(), DEERAdjoint()": windows(None, _DEER),
     "DEERSolver(num_steps=8), DEERAdjoint()": windows(8, _DEER),
-    "DEERSolver(num_steps=1), DEERAdjoint()": windows(1, _DEER),
+    "DEERSolver(num_steps=64), DEERAdjoint()": windows(64, _DEER),
 }
 
 
@@ -115,7 +115,7 @@ def measure_cell(name: str, batch_size: int, config: Config) -> dict[str, Any]:
 
     def describe(key: str, prepared: Prepared) -> dict[str, Any]:
         solver, found = METHODS_COMPARED[key].solver, prepared.value
-        inner = solver.num_steps if isinstance(solver, DEERSolver) else 1
+        inner = solver.window_steps if isinstance(solver, DEERSolver) else 1
         with jax.enable_x64(True):
             return {
                 "num_steps": inner * int(jnp.max(found.num_steps)),

@@ -223,7 +223,7 @@ def _sequential(solver, y0, args, t1=1.0):
     "name",
     [
         "dopri5",
-        "rosenbrock",
+        slowly("rosenbrock"),
         slowly("euler"),
         slowly("half"),
         slowly("implicit_euler"),
@@ -280,42 +280,34 @@ def test_by_default_it_is_that_of_the_coupled_system(dtype):
 
 
 def test_block_is_one_of_the_coupled_components():
-    # Three of five would be no multiple; and single precision meets its tolerance.
+    # Two of five would be no divisor.
     method = Newton(BlockDiagonalJacobian(block_size=2))
     solver = newton_solver(num_steps=_N, method=method)
-
-    @jax.jit
-    def run(y0, args, t1):
-        return jax.tree.map(lambda y: y[-1], _solve(_TERM, solver, y0, args, t1).ys)
-
+    found = jax.jit(lambda y0: _solve(_TERM, solver, y0, _W).ys)(_Y0)
     expected = _sequential(diffrax.Dopri5(), _Y0, _W)
-    assert_equal(run(_Y0, _W, jnp.ones(())), expected, 1e-12)
-    single = _cast((_Y0, _W, jnp.ones(())), jnp.float32)
-    assert (
-        relative_error(run(*single), expected) < float(jnp.finfo("float32").eps) ** 0.75
-    )
+    assert_equal(jax.tree.map(lambda y: y[-1], found), expected, 1e-12)
 
 
 @each_adjoint
 def test_every_way_to_save_and_a_warm_start_have_all_components(adjoint):
-    ts = jnp.array([0.1, 0.35, 0.8])
+    ts, inner = jnp.array([0.1, 0.35, 0.8]), diffrax.Bosh3()
+    saveat = diffrax.SaveAt(ts=ts, t1=True, dense=True, solver_state=True)
+    kwargs: Any = dict(saveat=saveat, adjoint=adjoints[adjoint], max_steps=2)
+    solver = newton_solver(inner, num_steps=_N)
 
     @jax.jit
-    def run(y0):
-        saveat = diffrax.SaveAt(ts=ts, t1=True, dense=True, solver_state=True)
-        solver = newton_solver(num_steps=_N)
-        kwargs: Any = dict(saveat=saveat, adjoint=adjoints[adjoint], max_steps=2)
-        sol = _solve(_TERM, solver, y0, _W, **kwargs)
-        again = _solve(_TERM, solver, y0, _W, solver_state=sol.solver_state, **kwargs)
-        return sol.ys, sol.evaluate(0.35), sol.solver_state, again.solver_state
+    def run(y0, state):
+        sol = _solve(_TERM, solver, y0, _W, solver_state=state, **kwargs)
+        return sol.ys, sol.evaluate(0.35), sol.solver_state
 
-    ys, between, state, again = run(_Y0)
+    ys, between, state = run(_Y0, solver.init(_TERM, 0.0, 1.0, _Y0, _W))
     windows = jnp.zeros(1), jnp.ones(1)
-    steps = one_by_one(_TERM, diffrax.Dopri5(), windows, _N, _Y0, _W)
+    steps = one_by_one(_TERM, inner, windows, _N, _Y0, _W)
     expected = steps.at(jnp.append(ts, 1.0))
     assert_equal(ys, expected, 1e-12)
     assert_equal(between, jax.tree.map(lambda y: y[1], expected), 1e-12)
     assert state.ys.shape == (_N + 1, 5)
+    *_, again = run(_Y0, state)
     assert int(again.num_iterations) < int(state.num_iterations)
 
 
@@ -398,7 +390,7 @@ def test_gradient_of_many_parameters_by_backsolve_is_a_quadrature():
     def loss(weights, adjoint):
         sol = _solve(
             diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
-            newton_solver(num_steps=_N),
+            DEERSolver(num_steps=_N),
             jnp.ones(100),
             weights,
             adjoint=adjoint,
@@ -438,8 +430,7 @@ def test_quadrature_without_value_is_a_failure():
     assert float(sol.ys[0][0, -1]) <= 1
 
 
-@each_adjoint
-def test_rejected_window_leaves_no_nan_in_the_gradient(adjoint):
+def test_rejected_window_leaves_no_nan_in_the_gradient():
     # The first window reaches beyond z = 1, where the field makes z turn back.
     def field(t, y, args):
         z, _ = y
@@ -455,7 +446,7 @@ def test_rejected_window_leaves_no_nan_in_the_gradient(adjoint):
             (jnp.zeros(()), jnp.zeros(())),
             rate,
             stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
-            adjoint=adjoints[adjoint],
+            adjoint=DEERAdjoint(),
             max_steps=256,
         )
         return sol.ys[1][-1], sol.stats["num_rejected_steps"]

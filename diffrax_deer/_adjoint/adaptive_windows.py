@@ -1,17 +1,21 @@
 r"""Windows that a controller chooses: a search, and then one grid for the derivative.
 
-A loop without derivatives lets the controller choose the windows and records their
-trajectories. Their ends have no derivative with respect to the solution under the
-controllers that this is for, so that all recorded windows are one known grid: a second
-pass takes the recorded states for the solution, and only differentiates. The gradient
-is parallel in time, though the windows were found one after another.
+A loop without derivatives lets the controller choose the windows, records their states
+and finds all that is to be saved. Their ends have no derivative with respect to the
+solution under the controllers that this is for, so that all recorded windows are one
+known grid: a second pass takes the recorded states for the solution, and only
+differentiates, a group of windows at a time. The gradient is parallel in time within a
+group, though the windows were found one after another.
+
+What is made depends on the windows that were needed, never on how many may be; there is
+memory for so many.
 """
 
-import dataclasses
 import functools as ft
-import math
+from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -19,52 +23,61 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_window_state
-from .._custom_types import State, States, Y
-from .._defaults import NUM_SKIPPED_GROUPS, group_size
+from .._custom_types import State, States
+from .._defaults import MAX_RECORD_TIMES, NUM_SKIPPED_GROUPS, group_size
+from .._gradient import AbstractGradient
 from .._method import Given
-from .._ode.grid_solve import solve_grid
-from .._prefix import select
+from .._ode.grid_solve import Trajectory, solve_grid
+from .._prefix import select, with_derivative_of
 from .._ravel import ravel
-from .loop_state import Ends, LoopState, Outcome, Steps, Windows, as_arrays, steps_of
+from .loop_state import LoopState, Outcome, Windows, as_arrays
 from .window_search import Record, decide, search_windows
 
 
 def adaptive_windows(
-    windows: Windows, state: LoopState, meter: PyTree[Any], max_windows: int
+    windows: Windows, state: LoopState, meter: PyTree[Any]
 ) -> tuple[Outcome, PyTree[Any]]:
-    """At most `max_windows` windows; also returns the state of the progress meter."""
-    check_window_state(state.solver_state, windows.solver.num_steps)
-    search = lambda state, meter: search_windows(windows, state, meter, max_windows)
+    """At most `max_steps` windows; also returns the state of the progress meter."""
+    assert windows.max_steps is not None
+    flat, unravel = ravel(state.y)
+    num_windows = max(1, group_size(flat.size**2) // windows.solver.window_steps)
+    num_windows = min(num_windows, windows.max_steps)
+    num_groups = -(-windows.max_steps // num_windows)
+    search = lambda state, meter: search_windows(
+        windows, state, meter, num_groups * num_windows
+    )
     search = eqx.filter_closure_convert(search, state, meter)
     arrays, rest = eqx.partition((search, state), eqx.is_array)
     search, start = eqx.combine(lax.stop_gradient(arrays), rest)
-    last, records, meter = search(start, meter)
-    new, steps, ends = _replay(windows, state, last, records)
-    index, found = jnp.zeros(0, int), jnp.zeros(0, bool)
-    if steps is not None:
-        index, found = steps.locate(windows.save_ts)
-    return Outcome(new, steps, index, found, ends), meter
-
-
-def _prepend(t: Array, ts: Float[Array, " windows"]) -> Array:
-    return jnp.concatenate([t[None], ts])
+    last, records, saved, meter = search(start, meter)
+    _, gradient = windows.choices(state.y)
+    replay = _Replay(windows, gradient, records, state, last, num_windows)
+    t, y, ys = replay.solve(flat, num_groups)
+    last = eqx.tree_at(
+        lambda s: (s.t_prev, s.y, s.gradient),
+        last,
+        (t, unravel(with_derivative_of(y, ravel(last.y)[0])), gradient),
+        is_leaf=lambda x: x is last.gradient,
+    )
+    ys = with_derivative_of(ys, saved.ys)
+    found = jnp.arange(len(ys)) < saved.count
+    return Outcome(last, jax.vmap(unravel)(ys), found), meter
 
 
 @eqx.filter_custom_jvp
-def _window_ends(first: Any, *, y: State, order: Any, records: Record):
-    """Where windows begin and end, and one more; each of shape `(windows + 1,)`.
+def _starts(first: Any, *, y: State, order: Any, records: Record):
+    """Where windows begin, and the last one ends, `(windows + 1,)`.
 
     `first` is what this depends on differentiably: the controller, the end of all, and
     the first interval. `y` is the initial state. That derivative is a symbolic zero in
     training; only where it is not, the controller is asked once more.
     """
     del y, order
-    _, _, (t_prev, t_next, _) = first
-    return _prepend(t_prev, records.t_prev), _prepend(t_next, records.t_next)
+    _, _, (t_prev, _, _) = first
+    return jnp.concatenate([t_prev[None], records.t_prev])
 
 
-@_window_ends.def_jvp
+@_starts.def_jvp
 def _(primals, tangents, *, y, order, records):
     def again(first):
         controller, t1, interval = first
@@ -83,142 +96,148 @@ def _(primals, tangents, *, y, order, records):
             )
             interval = as_arrays((t_prev, t_next, new.controller_state))
             flat = jnp.where(record.keep, record.ys[-1], flat)
-            return (flat, interval), interval[:2]
+            return (flat, interval), t_prev
 
-        _, (t_prev, t_next) = lax.scan(window, (flat, interval), records)
-        return _prepend(interval[0], t_prev), _prepend(interval[1], t_next)
+        _, t_prev = lax.scan(window, (flat, interval), records)
+        return jnp.concatenate([interval[0][None], t_prev])
 
     return eqx.filter_jvp(again, primals, tangents)
 
 
-class _Group(eqx.Module):
-    """Consecutive recorded windows, and their numbers; leaves of axis `windows`."""
+class _Replay(eqx.Module):
+    """The recorded windows again, differentiably, `num_windows` at a time.
 
-    index: Int[Array, " windows"]
-    kept: Bool[Array, " windows"]
-    starts: Float[Array, " windows"]
-    ends: Float[Array, " windows"]
-    ys: Float[Array, "windows time state"]
-
-
-def _differentiable(
-    windows: Windows, group: _Group, y: Y, num_solved: Int[Array, ""]
-) -> tuple[Y, Steps, States]:
-    """The steps of recorded windows from `y` on, of which `num_solved` are solved.
-
-    Returns the state after them, the steps, `(windows, time)`, and the states at the
-    ends of the windows. A window that was rejected is one of length zero here.
+    `state` and `last` are those before the first window and after the last one.
     """
-    flat, unravel = ravel(y)
-    size, num_steps, _ = group.ys.shape
-    # Nothing moves in a window that was rejected.
-    latest = lax.cummax(jnp.where(group.kept, jnp.arange(size), -1))
-    start = jax.vmap(select, (0, 0, None))(latest >= 0, group.ys[latest, -1], flat)
-    start = jnp.broadcast_to(start[:, None], group.ys.shape)
-    ys = _merge(jax.vmap(select)(group.kept, group.ys, start))
-    grids = jax.vmap(windows.solver.grid)(group.starts, group.ends)
-    ts = jnp.concatenate([grids[:, :-1].reshape(-1), group.ends[-1:]])
-    here = jnp.clip(num_solved - group.index[0] * num_steps, 0, size * num_steps)
-    inner, gradient = windows.inner_step(y), windows.solver.gradient
-    trajectory = solve_grid(inner, ts, flat, ys, Given(here), gradient)
-    steps = steps_of(trajectory, jnp.repeat(group.kept, num_steps))
-    steps = jax.tree.map(lambda x: x.reshape(size, num_steps, *x.shape[1:]), steps)
-    past = jnp.concatenate([trajectory.y0[None], trajectory.ys])
-    ends = trajectory.ys[num_steps - 1 :: num_steps]
-    return unravel(past[trajectory.statistics.num_solved]), steps, ends
+
+    windows: Windows
+    gradient: AbstractGradient
+    records: Record
+    state: LoopState
+    last: LoopState
+    num_windows: int = eqx.field(static=True)
+
+    def solve(self, y0: State, num_groups: int) -> tuple[Array, State, States]:
+        """Time and state at the end, and the states at all save times.
+
+        Of the states only the derivative is right, not the value.
+        """
+        windows, state = self.windows, self.state
+        interval = state.t_prev, state.t_next, state.controller_state
+        starts = _starts(
+            (windows.controller, windows.t1, interval),
+            y=lax.stop_gradient(y0),
+            order=windows.solver.error_order(windows.terms),
+            records=self.records,
+        )
+        # A window that failed is the last one, and not a part of the solution.
+        success = self.last.result == diffrax.RESULTS.successful
+        num_made = self.last.num_steps - jnp.where(success, 0, 1)
+
+        def group(carry, index):
+            y, saved = carry
+            y, found = self._group(starts, index * self.num_windows, num_made, y)
+            return y, saved + found
+
+        saved = jnp.zeros((len(windows.save_ts), y0.size), y0.dtype)
+        groups_made = -(-eqxi.unvmap_max(num_made) // self.num_windows)
+        y, saved = _fold(group, (y0, saved), groups_made, num_groups)
+        return starts[self.last.num_steps], y, saved
+
+    def _group(
+        self, starts: Float[Array, " ends"], first: Array, num_made: Array, y: State
+    ) -> tuple[State, States]:
+        """The state after the windows from `first` on, and what is saved in them."""
+        windows, size = self.windows, self.num_windows
+        part = lambda x: lax.dynamic_slice_in_dim(x, first, size)
+        index = first + jnp.arange(size + 1)
+        # Windows that were not made have no length; nor have those that were rejected.
+        ends = lax.dynamic_slice_in_dim(starts, first, size + 1)
+        ends = jnp.where(index <= num_made, ends, lax.stop_gradient(starts[num_made]))
+        kept = part(self.records.keep) & (index[:-1] < num_made)
+        # Nothing moves in a window that was rejected.
+        latest, recorded = (
+            lax.cummax(jnp.where(kept, jnp.arange(size), -1)),
+            part(self.records.ys),
+        )
+        start = jax.vmap(select, (0, 0, None))(latest >= 0, recorded[latest, -1], y)
+        start = jnp.broadcast_to(start[:, None], recorded.shape)
+        ys = jax.vmap(select)(kept, recorded, start).reshape(-1, y.size)
+        grids = jax.vmap(windows.solver.grid)(ends[:-1], ends[1:])
+        ts = jnp.concatenate([grids[:, :-1].reshape(-1), ends[-1:]])
+        num_steps = windows.solver.window_steps
+        num_solved = jnp.clip(num_made - first, 0, size) * num_steps
+        inner = windows.inner_step(self.state.y)
+        trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
+        begun = lax.stop_gradient(ends[0]) > windows.t0
+        after = jnp.where(begun, ends[0], -jnp.inf)
+        kept = jnp.repeat(kept, num_steps)
+        saved = _saved(windows, trajectory, kept, after)
+        past = jnp.concatenate([y[None], trajectory.ys])
+        return past[num_solved], saved
 
 
-def _merge(tree: PyTree[Array]) -> PyTree[Array]:
-    """The two leading axes made one."""
-    # Not -1, of which an empty state makes zero by zero.
-    merge = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    return jax.tree.map(merge, tree)
+def _fold(f: Callable, init: Any, count: Int[Array, ""], max_count: int) -> Any:
+    """`f(carry, index)` for the first `count` of `max_count` indices.
 
-
-def _groups(
-    windows: Windows, records: Record, starts: Array, kept: Array, y: Y
-) -> _Group:
-    """The records in groups of groups, of axes `(many, groups, windows)`."""
-    max_windows, num_steps = records.ys.shape[:2]
-    size = max(1, group_size(ravel(y)[0].size ** 2) // num_steps)
-    size = min(max_windows, size)
-    num_groups = min(NUM_SKIPPED_GROUPS, -(-max_windows // size))
-    shape = -(-max_windows // (size * num_groups)), num_groups, size
-    index = jnp.arange(math.prod(shape))
-    # A step ends where the next one starts, also the last one of all.
-    times = jnp.pad(starts, (0, len(index) - max_windows), mode="edge")
-
-    def grouped(x):
-        missing = jnp.zeros((len(index) - len(x), *x.shape[1:]), x.dtype)
-        return jnp.concatenate([x, missing]).reshape(*shape, *x.shape[1:])
-
-    parts = _Group(index, kept, times[:-1], times[1:], records.ys)
-    return jax.tree.map(grouped, parts)
-
-
-def _made(
-    windows: Windows, groups: _Group, y: Y, num_made: Array, num_solved: Array
-) -> tuple[Y, tuple[Steps | None, States | None]]:
-    """The state after all groups, and their steps and ends if they are to be saved."""
-
-    def differentiable(y, group):
-        y, steps, ends = _differentiable(windows, group, y, num_solved)
-        wanted = steps if windows.save_steps else None
-        return y, (wanted, ends if windows.save_ends else None)
-
-    first = jax.tree.map(lambda x: x[0, 0], groups)
-    shapes = eqx.filter_eval_shape(differentiable, y, first)[1]
-
-    def unless_idle(f, y, group):
-        axes = group.index.shape[:-1]
-        zeros = lambda s: jnp.zeros((*axes, *s.shape), s.dtype)
-        skip = lambda y: (y, jax.tree.map(zeros, shapes))
-        is_idle = group.index.reshape(-1)[0] >= num_made
-        return lax.cond(eqxi.unvmap_all(is_idle), skip, lambda y: f(y, group), y)
-
-    # Made again for the derivative, so that memory is that of trajectories. Idle groups
-    # are skipped many at a time.
+    Differentiable in both modes. What is done is done again for the derivative, so that
+    memory is that of the carries; what is not costs little, since many at a time are
+    skipped. (Not `eqxi.while_loop(kind="bounded")`, which writes down all that `f`
+    closes over each time.)
+    """
     checkpoint = ft.partial(jax.checkpoint, prevent_cse=False)
-    one = checkpoint(ft.partial(unless_idle, differentiable))
-    many = checkpoint(ft.partial(unless_idle, lambda y, part: lax.scan(one, y, part)))
-    return lax.scan(many, y, groups)
+
+    def unless_idle(f, carry, index):
+        step = lambda carry: f(carry, index)
+        return lax.cond(index < count, step, lambda carry: carry, carry), None
+
+    def many(carry, first):
+        return lax.scan(one, carry, first + jnp.arange(NUM_SKIPPED_GROUPS))[0]
+
+    one = checkpoint(ft.partial(unless_idle, f))
+    starts = jnp.arange(0, max_count, NUM_SKIPPED_GROUPS)
+    return lax.scan(checkpoint(ft.partial(unless_idle, many)), init, starts)[0]
 
 
-def _replay(
-    windows: Windows, state: LoopState, last: LoopState, records: Record
-) -> tuple[LoopState, Steps | None, Ends | None]:
-    """The recorded windows from `state` to `last` again, differentiably.
+def _saved(
+    windows: Windows,
+    trajectory: Trajectory,
+    kept: Bool[Array, " time"],
+    after: Array,
+) -> States:
+    """The solution at the save times later than `after`, zero where it is not here."""
+    ts, (points, _) = windows.save_ts, trajectory.points()
+    num_times, size = len(ts), trajectory.y0.size
+    if num_times == 0:
+        return jnp.zeros((0, size), trajectory.y0.dtype)
+    length = min(num_times, MAX_RECORD_TIMES)
+    num_parts = -(-num_times // length)
+    num_missing = num_parts * length - num_times
+    missing = jnp.full(num_missing, jnp.inf, ts.dtype)
+    all_ts = jnp.concatenate([ts, missing]).reshape(num_parts, length)
+    ends, steps = lax.stop_gradient(trajectory.ts[1:]), (points, trajectory.dense_infos)
 
-    Also their steps and ends, where they are to be saved.
-    """
-    max_windows, num_steps = records.ys.shape[:2]
-    interval = state.t_prev, state.t_next, state.controller_state
-    starts, ends = _window_ends(
-        (windows.controller, windows.t1, interval),
-        y=lax.stop_gradient(ravel(state.y)[0]),
-        order=windows.solver.error_order(windows.terms),
-        records=records,
-    )
-    num_made = last.num_steps - state.num_steps
-    made = jnp.arange(max_windows) < num_made
-    kept = made & records.keep
-    # Only the last one may be unsolved, in part: that is the end.
-    unsolved = jnp.where(kept, num_steps - records.num_solved, 0)
-    num_solved = num_made * num_steps - jnp.sum(unsolved)
-    groups = _groups(windows, records, starts, kept, state.y)
-    y, found = _made(windows, groups, state.y, num_made, num_solved)
-    steps, at_ends = jax.tree.map(lambda x: x[:max_windows], _merge(_merge(found)))
-    # Where nothing was made there are zeros, at which a field, or what is saved of a
-    # state, may have no derivative.
-    nothing = windows.no_step(state.y)[0]
-    if steps is not None:
-        fill = jax.vmap(jax.vmap(select, (None, 0, None)), (0, 0, None))
-        steps = fill(made, steps, nothing)
-    if at_ends is not None:
-        counts = state.num_accepted + jnp.cumsum(kept, dtype=state.num_accepted.dtype)
-        at_ends = jax.vmap(select, (0, 0, None))(made, at_ends, nothing.y1s)
-        ts = jnp.where(made, starts[1:], nothing.ends)
-        at_ends = Ends(ts, ends[:-1], at_ends, counts, kept)
-    t_prev, t_next = starts[num_made], ends[num_made]
-    done = dataclasses.replace(last, t_prev=t_prev, t_next=t_next, y=y)
-    return done, _merge(steps), at_ends
+    def look_up(t, here, which):
+        # A product and not a gather, whose derivative is a slow scatter.
+        weights = which[:, None] == jnp.arange(len(kept))[None]
+        pick = lambda x: jnp.tensordot(
+            weights.astype(x.dtype), x, 1, precision=lax.Precision.HIGHEST
+        )
+        (t0, t1), infos = jax.tree.map(pick, steps)
+        # Where nothing is looked up the first step may be one of length zero.
+        t0, t1 = jnp.where(here, t0, t - 1), jnp.where(here, t1, t)
+        path = lambda t0, t1, info: windows.solver.solver.interpolation_cls(
+            t0=t0, t1=t1, **info
+        )
+        evaluate = lambda t, *step: ravel(path(*step).evaluate(t))[0]
+        found = jax.vmap(evaluate)(t, t0, t1, infos).astype(trajectory.y0.dtype)
+        return jnp.where(here[:, None], found, 0)
+
+    def at(t):
+        is_open = kept[None] & (t[:, None] <= ends[None])
+        here = (t > after) & jnp.any(is_open, axis=1)
+        t, which = jnp.where(here, t, 0), jnp.argmax(is_open, axis=1)
+        zeros = lambda *_: jnp.zeros((length, size), trajectory.y0.dtype)
+        return lax.cond(eqxi.unvmap_any(here), look_up, zeros, t, here, which)
+
+    return lax.map(at, all_ts).reshape(-1, size)[:num_times]

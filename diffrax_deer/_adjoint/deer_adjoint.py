@@ -3,12 +3,16 @@
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import PyTree
 
-from .._defaults import MAX_RECORD_ENTRIES
+from .._defaults import records_windows
 from .._diffrax_conventions import final_state, has_constant_factors, saved
+from .._gradient import SequentialGradient
+from .._method import Sequential
 from .._ode.deer_solver import DEERSolver
 from .._ode.solver_step import SolverStep
 from .._prefix import select
@@ -16,7 +20,7 @@ from .._ravel import ravel
 from .adaptive_windows import adaptive_windows
 from .events import EventSearch
 from .loop_state import LoopState, Outcome, Windows, as_arrays
-from .saveat import Final, SaveTimes, dense, interpolate, interpolation, save
+from .saveat import Final, SaveTimes, dense, interpolation, save
 from .static_windows import static_windows
 
 
@@ -28,16 +32,16 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
     - static windows, those of `WholeInterval` and `StepTo`, are solved all together,
         without any loop around them, and events are looked for at every inner step;
     - windows of `PIDController` and `ConstantStepSize` are found one after another, and
-        then differentiated together, however short they are: `DEERSolver(num_steps=1)`
-        makes the steps that its inner solver would make, with a gradient that is
-        parallel in time;
-    - in both cases all save times are interpolated at once, in every form of `SaveAt`,
-        and value and gradient together take one solve, since the converged trajectory
-        is kept.
+        then differentiated together, however short they are. On a CPU that is faster
+        for a field of few parameters and components (at most 64 and 11), where one step
+        has little to do;
+    - in both cases all save times are interpolated at once, and value and gradient
+        together take one solve, since the converged trajectory is kept.
 
-    Anything else is left to `diffrax.RecursiveCheckpointAdjoint`: other controllers,
-    events under a controller, `max_steps=None`, and windows of which `max_steps` would
-    be too many to record, more than 2^15 numbers.
+    Anything else is left to `diffrax.RecursiveCheckpointAdjoint`: networks under a
+    controller on a CPU, other controllers, and under any controller events,
+    `SaveAt(steps=...)`, `SaveAt(dense=True)`, many save times, `max_steps=None`, and
+    windows of which `max_steps` would be too many to record, more than 2^15 numbers.
 
     Derivatives are exact with respect to `y0`, `args`, all that the vector field closes
     over, `t0`, `t1` and save times: in forward and reverse mode and of any order, but
@@ -70,17 +74,20 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         if ends is not None and is_static:
             outcome = static_windows(windows, state, ends)
             meter = windows.advance(meter, outcome.state.t_prev)
-        elif windows.max_steps is not None and _can_record(windows, state):
-            outcome, meter = adaptive_windows(windows, state, meter, windows.max_steps)
+        elif _can_record(windows, state):
+            outcome, meter = adaptive_windows(windows, state, meter)
         else:
             final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
-            method, gradient = windows.choices(state.y)
+            chosen = Sequential(), SequentialGradient()
+            if not windows.solver.makes_single_steps:
+                chosen = windows.choices(state.y)
+            method, gradient = chosen
             uncounted = dict.fromkeys(
                 ("num_newton_iterations", "max_newton_iterations", "residual")
             )
             stats |= {"method": method, "gradient": gradient} | uncounted
             return final, stats
-        return _finish(windows, outcome, meter, saveat, init_state, is_static)
+        return _finish(windows, outcome, meter, saveat, init_state)
 
 
 def _windows(arguments: dict[str, Any]) -> Windows:
@@ -90,9 +97,13 @@ def _windows(arguments: dict[str, Any]) -> Windows:
     args, event, saveat = (arguments[name] for name in ("args", "event", "saveat"))
     call = lambda function, t, y: function(t, y, args, **passed_on)
     subs = jax.tree.leaves(saveat.subs, is_leaf=_is_sub)
-    # The times of all subs, together.
-    all_ts = [sub.ts for sub in subs if sub.ts is not None]
+    # The times of all subs, together; those of one are sorted.
+    all_ts, places = [sub.ts for sub in subs if sub.ts is not None], None
+    is_sorted = len(all_ts) < 2
     all_ts = jnp.concatenate([jnp.asarray(arguments["t0"])[None][:0], *all_ts])
+    if not is_sorted:
+        order = jnp.argsort(lax.stop_gradient(all_ts))
+        all_ts, places = all_ts[order], jnp.argsort(order)
     return Windows(
         solver=arguments["solver"],
         terms=arguments["terms"],
@@ -103,9 +114,10 @@ def _windows(arguments: dict[str, Any]) -> Windows:
         t0=arguments["t0"],
         t1=arguments["t1"],
         save_ts=all_ts,
+        places=places,
         max_steps=arguments["max_steps"],
-        save_steps=saveat.dense or len(all_ts) > 0,
         save_ends=any(sub.steps != 0 for sub in subs),
+        dense=saveat.dense,
     )
 
 
@@ -117,10 +129,14 @@ def _can_record(windows: Windows, state: LoopState) -> bool:
     """Whether the windows of a controller are recorded, and differentiated together."""
     if windows.event is not None or windows.max_steps is None:
         return False
-    size = max(1, ravel(state.y)[0].size)
-    num_entries = windows.max_steps * windows.solver.num_steps * size
-    is_short = 0 < num_entries <= MAX_RECORD_ENTRIES
-    return is_short and has_constant_factors(windows.controller)
+    if windows.dense or windows.save_ends:
+        return False
+    size = ravel(state.y)[0].size
+    num_entries = windows.max_steps * windows.solver.window_steps * size
+    parameters = jax.tree.leaves((windows.terms, windows.args))
+    num_parameters = sum(x.size for x in parameters if eqx.is_inexact_array(x))
+    may = records_windows(num_entries, num_parameters, len(windows.save_ts), size)
+    return may and has_constant_factors(windows.controller)
 
 
 def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:
@@ -130,7 +146,8 @@ def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:
     is_cut = False
     if search is not None and search.event.root_finder is not None:
         is_cut = True
-        path = interpolation(inner, state.last)
+        assert outcome.last is not None
+        path = interpolation(inner, outcome.last)
         root_t, root_y, root = search.locate(state.event_mask, path)
         occurred = (state.num_steps > 0) & (result == diffrax.RESULTS.event_occurred)
         failed = occurred & (root != diffrax.RESULTS.successful)
@@ -151,16 +168,16 @@ def _finish(
     meter: PyTree[Any],
     saveat: diffrax.SaveAt,
     init_state: Any,
-    contiguous: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """What diffrax asks of a loop; `contiguous` as for `dense`."""
+    """What diffrax asks of a loop."""
     state, inner = outcome.state, windows.inner_step(init_state.y)
     final = _end(windows, outcome, inner)
     dense_ts = dense_infos = index = None
-    if saveat.dense and outcome.steps is not None:
-        dense_ts, dense_infos, index = dense(
-            inner, outcome.steps, windows.t0, contiguous
-        )
+    if saveat.dense:
+        assert outcome.steps is not None
+        steps = outcome.steps
+        dense_ts, infos, index = dense(inner, steps, windows.t0)
+        dense_infos = windows.solver.dense_infos((steps.t0s, steps.t1s), infos)
     final_loop_state = final_state(
         init_state,
         save_state=_save_all(saveat, init_state, windows, outcome, inner, final),
@@ -221,7 +238,6 @@ def _first_state(init_state: Any, windows: Windows) -> LoopState:
             result=init_state.result,
             num_steps=zero,
             num_accepted=zero,
-            last=windows.no_step(init_state.y),
             event_values=event_state[0],
             event_mask=event_state[1],
             num_iterations=zero,
@@ -239,11 +255,11 @@ def _save_all(
     final: Final,
 ) -> PyTree[Any]:
     """Diffrax's save states, filled."""
-    ts, t0, y0 = windows.save_ts, windows.t0, init_state.y
-    ys, found = None, outcome.found
-    if len(ts) > 0:
-        # What has not been found is at t0, where everything is finite.
-        ys = interpolate(inner, outcome, jnp.where(found, ts, t0))
+    t0, y0 = windows.t0, init_state.y
+    ys, found = outcome.ys, outcome.found
+    if windows.places is not None:
+        ys, found = jax.tree.map(lambda x: x[windows.places], (ys, found))
+    if len(found) > 0:
         empty = jnp.asarray(t0 == windows.t1)
         spread = lambda y, y0: jnp.where(empty, y0[None], y)
         ys, found = jax.tree.map(spread, ys, y0), found | empty

@@ -23,7 +23,6 @@ from .._ode.grid_solve import Trajectory
 from .._ode.solver_step import SolverStep
 from .._ode.whole_interval import WholeInterval
 from .._ode.window_state import WindowState
-from .._ravel import ravel
 from .._statistics import Statistics
 from .events import EventSearch
 
@@ -79,7 +78,6 @@ class Ends(eqx.Module):
 class LoopState(eqx.Module):
     """What one window hands on to the next, as in diffrax's integration loop.
 
-    - `last`: the last step that belongs to the solution, of leading axis 1.
     - `num_iterations`, `max_iterations`: of all windows together, and of the one with
         most.
     - `residual`: the largest of all accepted windows; `None` if none was measured.
@@ -95,7 +93,6 @@ class LoopState(eqx.Module):
     result: diffrax.RESULTS
     num_steps: Int[Array, ""]
     num_accepted: Int[Array, ""]
-    last: Steps
     event_values: PyTree[Array]
     event_mask: PyTree[Bool[Array, ""]]
     num_iterations: Int[Array, ""]
@@ -126,19 +123,19 @@ class Outcome(eqx.Module):
     """The whole solve.
 
     - `state`: as after the last window.
-    - `steps`: those to look save times up in, at `index`, `(times,)`, if `found`;
-        `None` if nothing is looked up.
+    - `ys`: the solution at all save times, leaves of leading axis `times`, if `found`,
+        `(times,)`.
+    - `steps`: of static windows, where the solution is to be looked up.
+    - `last`: of these the last one that belongs to it, of leading axis 1.
     - `ends`: of all windows, if they are to be saved.
-    - `dense_infos`: what the interpolation of each step is made from, if the steps
-        that were solved for have yielded it.
     """
 
     state: LoopState
-    steps: Steps | None
-    index: Int[Array, " times"]
+    ys: PyTree[Array]
     found: Bool[Array, " times"]
-    ends: Ends | None
-    dense_infos: PyTree[Array] = None
+    steps: Steps | None = None
+    last: Steps | None = None
+    ends: Ends | None = None
 
 
 def as_arrays(tree: PyTree[Any]) -> PyTree[Array]:
@@ -150,8 +147,8 @@ class Windows(eqx.Module):
     """A differential equation and how it is to be cut into windows.
 
     The fields are the arguments of `diffrax.AbstractAdjoint.loop`; `save_ts`,
-    `(times,)`, are all the times to save at, `save_steps` and `save_ends` whether
-    anything is looked up in steps, or saved at the ends of windows.
+    `(times,)`, are all the times to save at, `save_ends` whether anything is saved at
+    the ends of windows, `dense` whether everything is.
     """
 
     solver: DEERSolver
@@ -163,9 +160,10 @@ class Windows(eqx.Module):
     t0: RealScalarLike
     t1: RealScalarLike
     save_ts: Float[Array, " times"]
+    places: Int[Array, " times"] | None
     max_steps: int | None
-    save_steps: bool
     save_ends: bool
+    dense: bool
 
     def inner_step(self, y: Y) -> SolverStep:
         """One inner step."""
@@ -207,12 +205,6 @@ class Windows(eqx.Module):
         """Moves the progress meter; `t` comes from the solution, so it runs behind."""
         length = jnp.where(self.t1 == self.t0, 1, self.t1 - self.t0)
         return self.progress_meter.step(meter, (t - self.t0) / length)
-
-    def no_step(self, y: Y) -> Steps:
-        """One step of length zero, which has not been taken."""
-        t, (flat, _) = jnp.asarray(self.t0)[None], ravel(y)
-        flat = lax.stop_gradient(flat)[None]
-        return Steps(t, t, flat, t, flat, jnp.zeros(1, bool))
 
 
 def steps_of(trajectory: Trajectory, taken: Bool[Array, " time"]) -> Steps:

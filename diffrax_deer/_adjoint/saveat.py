@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import Args, DenseInfo, RealScalarLike, Y
 from .._ode.solver_step import SolverStep
-from .loop_state import Ends, Outcome, Steps
+from .._prefix import with_derivative_of
+from .loop_state import Ends, Steps
 
 
 def _dense_info(inner: SolverStep, step: Steps) -> DenseInfo:
@@ -28,38 +29,30 @@ def interpolation(inner: SolverStep, step: Steps) -> diffrax.AbstractLocalInterp
     return _interpolation(inner, step[0], _dense_info(inner, step[0]))
 
 
-@eqx.filter_custom_jvp
 def _recompute(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
     """What is `known`, recomputed from few `steps`, but differentiated as known.
 
     A loop over all steps then has nothing to write down, and XLA makes one function of
     it. For the derivative all steps are linearized in any case.
     """
-    del known
-    return jax.vmap(lambda step: _dense_info(inner, step))(steps)
-
-
-@_recompute.def_jvp
-def _(primals, tangents):
-    return primals[0], tangents[0]
+    again = jax.vmap(lambda step: _dense_info(inner, step))(steps)
+    return jax.tree.map(with_derivative_of, known, again)
 
 
 def interpolate(
-    inner: SolverStep, outcome: Outcome, ts: Float[Array, " times"]
+    inner: SolverStep,
+    steps: Steps,
+    infos: DenseInfo,
+    ts: Float[Array, " times"],
+    index: Int[Array, " times"],
 ) -> PyTree[Array]:
-    """The solution at all of `ts`, leaves of leading axis `times`.
+    """The solution at all of `ts`, each in the step of that index.
 
-    From what the steps have yielded, if that is known. Else each step is evaluated once
-    more, or once for each time, whichever is less.
+    Leaves of leading axis `times`. `infos`: what the steps have yielded.
     """
-    steps, index, infos = outcome.steps, outcome.index, outcome.dense_infos
-    assert steps is not None
-    if few := len(ts) < len(steps.ends):
+    if len(ts) < len(steps.ends):
         steps, infos = jax.tree.map(lambda x: x[index], (steps, infos))
         index = jnp.arange(len(ts))
-    if infos is None:
-        infos = jax.vmap(lambda step: _dense_info(inner, step))(steps)
-    elif few:
         infos = _recompute(infos, inner, steps)
     # The interpolation itself is looked up, with what it has prepared: fewer numbers
     # than the stages that it is made from.
@@ -70,21 +63,17 @@ def interpolate(
 
 
 def dense(
-    inner: SolverStep, steps: Steps, t0: RealScalarLike, contiguous: bool
+    inner: SolverStep, steps: Steps, t0: RealScalarLike
 ) -> tuple[Float[Array, " times"], DenseInfo, Int[Array, ""]]:
     """Times, dense information and number of the steps, each one a window of its own.
 
-    `contiguous` if the steps that have been taken come before all others.
+    Those that have been taken come first.
     """
     count = jnp.sum(steps.taken, dtype=jnp.int32)
-    if not contiguous:
-        steps = steps[jnp.flatnonzero(steps.taken, size=len(steps.taken))]
-    times = jnp.stack([steps.t0s, steps.t1s], axis=1)
     infos = jax.vmap(inner.full)((steps.t0s, steps.t1s), steps.y0s).dense_info
     here = jnp.arange(len(steps.ends), dtype=count.dtype) < count
     ends = jnp.where(here, steps.ends, jnp.inf)
-    ts = jnp.concatenate([jnp.asarray(t0)[None], ends])
-    return ts, {"ts": times, "infos": jax.tree.map(lambda x: x[:, None], infos)}, count
+    return jnp.concatenate([jnp.asarray(t0)[None], ends]), infos, count
 
 
 class Final(eqx.Module):

@@ -22,6 +22,7 @@ from .loop_state import (
     event_result,
     steps_of,
 )
+from .saveat import interpolate
 
 
 def _solve(
@@ -39,7 +40,7 @@ def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
-    num_windows, num_steps = len(window_ends) - 1, windows.solver.num_steps
+    num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
     trajectory = _solve(windows, state, window_ends)
     ts = trajectory.ts
     num_succeeded = count_leading_true(trajectory.succeeded)
@@ -66,12 +67,11 @@ def static_windows(
         t_next=ts[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),
-        solver_state=window_state(trajectory),
+        solver_state=_solver_state(windows, state, trajectory),
         controller_state=_step_to_state(windows.controller, state, num_done),
         result=diffrax.RESULTS.where(started, result, state.result),
         num_steps=num_done,
         num_accepted=num_done,
-        last=steps[last][None],
         event_values=event_values,
         event_mask=select(started, mask, state.event_mask),
         num_iterations=statistics.num_iterations,
@@ -81,8 +81,21 @@ def static_windows(
         gradient=statistics.gradient,
     )
     ends = _ends(trajectory, num_steps, last, num_done) if windows.save_ends else None
-    index, found = steps.locate(windows.save_ts)
-    return Outcome(new, steps, index, found, ends, trajectory.dense_infos)
+    ts = windows.save_ts
+    index, found = steps.locate(ts)
+    # What has not been found is at t0, where everything is finite.
+    ts = jnp.where(found, ts, windows.t0)
+    ys = None
+    if len(ts) > 0:
+        ys = interpolate(trajectory.inner, steps, trajectory.dense_infos, ts, index)
+    return Outcome(new, ys, found, steps, steps[last][None], ends)
+
+
+def _solver_state(windows: Windows, state: LoopState, trajectory: Trajectory) -> Any:
+    """A guess for the next solve; of single steps what any other solve begins with."""
+    if windows.solver.makes_single_steps:
+        return state.solver_state
+    return window_state(trajectory)
 
 
 def _ends(trajectory: Trajectory, num_steps: int, last: Array, num_done: Array) -> Ends:

@@ -12,29 +12,34 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import BoolScalarLike, RealScalarLike, State, States, Y
+from .._defaults import NUM_SAVED_AT_ONCE
 from .._diffrax_conventions import clip_to_end
-from .._ode.grid_solve import solve_grid
-from .._ode.window_state import window_state
 from .._prefix import select
 from .._ravel import ravel
-from .loop_state import LoopState, Windows, as_arrays, steps_of
+from .loop_state import LoopState, Windows, as_arrays
 
 
 class Record(eqx.Module):
-    """What the search found out about a window, and its solution.
+    """What the search found out about a window.
 
-    - `keep`: whether it was accepted.
+    - `keep`: whether it belongs to the solution.
     - `t_prev`, `t_next`: where the next one begins and ends.
-    - `num_solved` and `ys`, `(time, state)`: as those of a `Trajectory`.
+    - `ys`, `(time, state)`: its states.
     - `error`, `(state,)`: the largest of any step, `None` if it is not estimated.
     """
 
     keep: Bool[Array, ""]
     t_prev: Float[Array, ""]
     t_next: Float[Array, ""]
-    num_solved: Int[Array, ""]
     ys: States
     error: State | None
+
+
+class Saved(eqx.Module):
+    """The solution `ys`, `(times, state)`, at the first `count` of the save times."""
+
+    ys: States
+    count: Int[Array, ""]
 
 
 class Decision(eqx.Module):
@@ -74,50 +79,86 @@ def decide(
     return Decision(keep, t_prev, t_next, made_jump, controller_state, result)
 
 
-def _attempt(windows: Windows, state: LoopState) -> tuple[LoopState, Record]:
+def _attempt(
+    windows: Windows, state: LoopState
+) -> tuple[LoopState, Record, diffrax.AbstractLocalInterpolation]:
     """One window."""
     solver, terms, args = windows.solver, windows.terms, windows.args
-    ts = solver.grid(state.t_prev, state.t_next)
-    (flat, unravel), inner = ravel(state.y), windows.inner_step(state.y)
-    guess = solver.initial_guess(terms, ts, state.y, state.solver_state)
-    trajectory = solve_grid(inner, ts, flat, guess, solver.method, solver.gradient)
-    error, y1 = trajectory.largest_error(), unravel(trajectory.ys[-1])
+    interval = state.t_prev, state.t_next
+    y1, error, dense_info, solver_state, result, statistics = solver.solve_window(
+        terms, *interval, state.y, args, state.solver_state, state.made_jump
+    )
     decision = decide(
         windows.controller,
         windows.t1,
-        (state.t_prev, state.t_next, state.controller_state),
-        (state.y, y1, None if error is None else unravel(error)),
+        (*interval, state.controller_state),
+        (state.y, y1, error),
         args,
         solver.error_order(terms),
     )
-    keep = decision.keep
-    success = diffrax.RESULTS.successful
-    result = diffrax.RESULTS.where(keep, trajectory.result(), success)
+    keep, success = decision.keep, diffrax.RESULTS.successful
+    result = diffrax.RESULTS.where(keep, result, success)
+    keep_record = keep & (result == success)
     result = diffrax.RESULTS.where(diffrax.is_okay(result), decision.result, result)
     kept = lambda new, old: select(keep, new, old)
-    steps = steps_of(trajectory, jnp.broadcast_to(keep, len(ts) - 1))
-    statistics = trajectory.statistics
     new = dataclasses.replace(
         state.count(statistics, keep),
         t_prev=decision.t_prev,
         t_next=decision.t_next,
         y=kept(y1, state.y),
         made_jump=kept(jnp.asarray(decision.made_jump), state.made_jump),
-        solver_state=kept(window_state(trajectory), state.solver_state),
+        solver_state=kept(solver_state, state.solver_state),
         controller_state=decision.controller_state,
         result=result,
-        last=kept(steps[-1:], state.last),
     )
-    t_prev, t_next = decision.t_prev, decision.t_next
-    ys, num_solved = trajectory.ys, statistics.num_solved
-    return as_arrays((new, Record(keep, t_prev, t_next, num_solved, ys, error)))
+    flat_error = None if error is None else ravel(error)[0]
+    ys = solver.states(solver_state, y1)
+    record = Record(keep_record, decision.t_prev, decision.t_next, ys, flat_error)
+    path = solver.interpolation_cls(t0=interval[0], t1=interval[1], **dense_info)
+    return *as_arrays((new, record)), path
+
+
+def _save(
+    ts: Float[Array, " times"],
+    saved: Saved,
+    path: diffrax.AbstractLocalInterpolation,
+    end: RealScalarLike,
+    keep: Bool[Array, ""],
+) -> Saved:
+    """The times up to `end` too, if the window that ends there is kept."""
+    if len(ts) == 0:
+        return saved
+    stop = jnp.searchsorted(ts, end, side="right").astype(saved.count.dtype)
+    stop = jnp.where(keep, stop, saved.count)
+    size = min(len(ts), NUM_SAVED_AT_ONCE)
+
+    # Places are those of a whole batch: one slice for all.
+    def step(carry):
+        first, ys = carry
+        place = jnp.minimum(first, len(ts) - size)
+        index = place + jnp.arange(size)
+        here = (saved.count <= index) & (index < stop)
+        new = jax.vmap(lambda t: ravel(path.evaluate(t))[0])(
+            lax.dynamic_slice_in_dim(ts, place, size)
+        )
+        old = lax.dynamic_slice_in_dim(ys, place, size)
+        new = jnp.where(here[:, None], new.astype(ys.dtype), old)
+        return first + size, lax.dynamic_update_slice_in_dim(ys, new, place, 0)
+
+    is_new = stop > saved.count
+    last = eqxi.unvmap_max(jnp.where(is_new, stop, 0))
+    first = -eqxi.unvmap_max(-jnp.where(is_new, saved.count, len(ts)))
+    _, ys = lax.while_loop(lambda carry: carry[0] < last, step, (first, saved.ys))
+    return Saved(ys, stop)
 
 
 def search_windows(
-    windows: Windows, state: LoopState, meter: PyTree[Any], max_windows: int
-) -> tuple[LoopState, Record, PyTree[Any]]:
-    """Chooses all windows and records them; without derivatives."""
-    types, record = eqx.filter_eval_shape(_attempt, windows, state)
+    windows: Windows, state: LoopState, meter: PyTree[Any], capacity: int
+) -> tuple[LoopState, Record, Saved, PyTree[Any]]:
+    """Chooses all windows and records them, `capacity` at most; without derivatives."""
+    assert windows.max_steps is not None
+    max_steps, ts = windows.max_steps, windows.save_ts
+    types, record, _ = eqx.filter_eval_shape(_attempt, windows, state)
     known = types.residual, types.method, types.gradient
     known = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), known)
     residual, method, gradient = known
@@ -125,21 +166,28 @@ def search_windows(
         state, residual=residual, method=method, gradient=gradient
     )
     state = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, types)
-    zeros = lambda s: jnp.zeros((max_windows, *s.shape), s.dtype)
+    zeros = lambda s: jnp.zeros((capacity, *s.shape), s.dtype)
     records = jax.tree.map(zeros, record)
+    # At t0, and where the solve does not get, there is the initial state.
+    flat, _ = ravel(state.y)
+    count = jnp.searchsorted(ts, windows.t0, side="right").astype(int)
+    saved = Saved(jnp.broadcast_to(flat, (len(ts), flat.size)), count)
 
     # The condition and the place to write at are those of a whole batch: where each
     # sample has its own, every window costs a copy of all the records.
     def running(carry):
         index, state, *_ = carry
-        return eqxi.unvmap_any(windows.running(state)) & (index < max_windows)
+        return eqxi.unvmap_any(windows.running(state)) & (index < max_steps)
 
     def step(carry):
-        index, state, records, meter = carry
-        new, record = _attempt(windows, state)
-        state = select(windows.running(state), new, state)
+        index, state, records, saved, meter = carry
+        here = windows.running(state)
+        new, record, path = _attempt(windows, state)
+        saved = _save(ts, saved, path, state.t_next, here & record.keep)
+        state = select(here, new, state)
         records = jax.tree.map(lambda b, r: b.at[index].set(r), records, record)
-        return index + 1, state, records, windows.advance(meter, state.t_prev)
+        meter = windows.advance(meter, state.t_prev)
+        return index + 1, state, records, saved, meter
 
-    init = jnp.array(0, int), state, records, meter
+    init = jnp.array(0, int), state, records, saved, meter
     return lax.while_loop(running, step, init)[1:]

@@ -24,12 +24,15 @@ from .._custom_types import (
     States,
     Y,
 )
-from .._gradient import AbstractGradient
-from .._method import AbstractMethod
+from .._defaults import NEWTON_STEPS, prefers_sequential_steps
+from .._gradient import AbstractGradient, SequentialGradient
+from .._method import AbstractMethod, Sequential
 from .._ravel import promoted, ravel, rounding
+from .._statistics import Statistics
 from .dense_output import WindowInterpolations
 from .grid_solve import default_method, plan, solve_grid
 from .quadrature import partition
+from .single_step import Memory, first_memory, single_step
 from .solver_step import SolverStep, prepare
 from .window_state import WindowState, initial_guess, window_state
 
@@ -47,12 +50,11 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
         )
 
-    `PIDController` chooses the windows, such that each inner step meets the tolerance;
-    let `num_steps` be well below the number of steps that this takes. With
-    `num_steps=1` they are the steps that the inner solver would make, found in
-    sequence; with `DEERAdjoint` their gradient is parallel nevertheless.
-    With a constant step size each `dt0` is a window of its own, right but sequential:
-    use `WholeInterval()`, which makes the whole interval one window.
+    On a CPU a window is one step unless `num_steps` says otherwise: under any
+    controller the steps are those of the inner solver. With more than one,
+    `PIDController` chooses the windows such that each inner step meets the tolerance;
+    let `num_steps` be well below the number of steps that this takes. Where the number
+    of steps is known, use `WholeInterval()`, which makes the whole interval one window.
 
     **Arguments:**
 
@@ -60,7 +62,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         equations: `Euler` to `Dopri8`, `Kvaerno3` to `Kvaerno5`, `ImplicitEuler`,
         `ExponentialRosenbrockEuler`... An implicit solver whose root finder has no
         tolerances of its own gets `optimistix.Newton`, converged to rounding.
-    - `num_steps`: the steps of one window, N.
+    - `num_steps`: the steps of one window, N. `None` means 1 where the steps are made
+        one after another, as on a CPU, and 64 where they are made all at once.
     - `method`: how the steps are found, `Newton(...)` all at once or `Sequential()` one
         after another. `None` means `Sequential()` on a CPU, and elsewhere `Newton()`,
         unless the Jacobians fit into no memory.
@@ -93,13 +96,14 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     """
 
     solver: diffrax.AbstractSolver = diffrax.Dopri5()
-    num_steps: int = 64
+    num_steps: int | None = None
     method: AbstractMethod | None = None
     gradient: AbstractGradient | None = None
     guess: diffrax.AbstractPath | None = None
 
     def __check_init__(self):
-        check_count("num_steps", self.num_steps)
+        if self.num_steps is not None:
+            check_count("num_steps", self.num_steps)
         check_instance("solver", self.solver, diffrax.AbstractSolver, "Dopri5()")
         check_optional("method", self.method, AbstractMethod, "Newton()")
         check_optional(
@@ -118,12 +122,31 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         return self.solver.term_structure
 
     @property
+    def window_steps(self) -> int:
+        """The steps of one window, where `num_steps` may leave that open."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return 1 if self._is_sequential else NEWTON_STEPS
+
+    @property
+    def _is_sequential(self) -> bool:
+        if self.method is None:
+            return prefers_sequential_steps()
+        return not self.method.uses_guess
+
+    @property
+    def makes_single_steps(self) -> bool:
+        """Whether a window is nothing but a step of the inner solver."""
+        return self._is_sequential and self.window_steps == 1 and self.gradient is None
+
+    @property
     def interpolation_cls(self) -> Callable:  # pyright: ignore
         """The inner solver's interpolation, step by step."""
-        return WindowInterpolations(self.solver.interpolation_cls)
+        inner = self.solver.interpolation_cls
+        return inner if self.makes_single_steps else WindowInterpolations(inner)
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
-        """The order of the inner solver, for windows of `num_steps` steps."""
+        """The order of the inner solver."""
         return self.solver.order(terms)
 
     def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
@@ -142,7 +165,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " times"]:
         """The times of the steps of the window from `t0` to `t1`."""
-        return jnp.linspace(t0, t1, self.num_steps + 1)
+        return jnp.linspace(t0, t1, self.window_steps + 1)
 
     def init(
         self,
@@ -151,11 +174,13 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         t1: RealScalarLike,
         y0: Y,
         args: Args,
-    ) -> WindowState:
+    ) -> WindowState | Memory:
         """No guess for the first window: a trajectory that does not leave `t0`."""
-        del args
         check_noise(terms)
-        flat, _ = ravel(promoted(y0, t0, t1))
+        y0 = promoted(y0, t0, t1)
+        flat, _ = ravel(y0)
+        if self.makes_single_steps:
+            return first_memory(self.inner_step(terms, y0, args), t0, t1, flat)
         ts = jnp.full_like(self.grid(t0, t1), t0)
         ys = jnp.broadcast_to(flat, (len(ts), flat.size))
         return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int)))
@@ -183,7 +208,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         y0 = promoted(y0, t0)
         (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
         found = plan(inner, self.grid(t0, t0), flat, self.method, self.gradient)
-        method = found.method.resolve(found.step_map, found.state, self.num_steps)
+        method = found.method.resolve(found.step_map, found.state, self.window_steps)
         return method, found.gradient
 
     def quadratures(
@@ -227,6 +252,21 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             return jnp.zeros((num_steps, flat.size), flat.dtype)
         return initial_guess(self.guess, terms, ts, y0, solver_state)
 
+    def states(self, solver_state: WindowState | Memory, y1: Y) -> States:
+        """The states of the window that has led to these, `(time, state)`."""
+        if self.makes_single_steps:
+            return ravel(y1)[0][None]
+        return solver_state.ys[1:]
+
+    def dense_infos(self, ends: tuple[Array, Array], infos: DenseInfo) -> DenseInfo:
+        """The dense information of windows of one step, between `ends`."""
+        if self.makes_single_steps:
+            return infos
+        return {
+            "ts": jnp.stack(ends, axis=1),
+            "infos": jax.tree.map(lambda x: x[:, None], infos),
+        }
+
     def step(
         self,
         terms: PyTree[diffrax.AbstractTerm],
@@ -234,19 +274,34 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         t1: RealScalarLike,
         y0: Y,
         args: Args,
-        solver_state: WindowState,
+        solver_state: WindowState | Memory,
         made_jump: BoolScalarLike,
-    ) -> tuple[Y, Y | None, DenseInfo, WindowState, diffrax.RESULTS]:
+    ) -> tuple[Y, Y | None, DenseInfo, WindowState | Memory, diffrax.RESULTS]:
         """Solves one window; arguments and result as for any diffrax solver."""
-        del made_jump
-        check_window_state(solver_state, self.num_steps)
+        result = self.solve_window(terms, t0, t1, y0, args, solver_state, made_jump)
+        return result[:-1]
+
+    def solve_window(
+        self, terms, t0, t1, y0, args, solver_state, made_jump
+    ) -> tuple[
+        Y, Y | None, DenseInfo, WindowState | Memory, diffrax.RESULTS, Statistics
+    ]:
+        """The same as `step`, and the `Statistics`."""
+        inner, (flat, unravel) = self.inner_step(terms, y0, args), ravel(y0)
+        optional = lambda error: None if error is None else unravel(error)
+        if self.makes_single_steps:
+            step, memory = single_step(inner, (t0, t1), flat, solver_state, made_jump)
+            y1, error = unravel(step.y1), optional(step.error)
+            result, count = step.result, jnp.array(0, int)
+            assert result is not None
+            chosen = Sequential(), SequentialGradient()
+            statistics = Statistics(count, None, count, result, *chosen)
+            return y1, error, step.dense_info, memory, result, statistics
+        check_window_state(solver_state, self.window_steps)
         ts = self.grid(t0, t1)
-        inner = self.inner_step(terms, y0, args)
         guess = self.initial_guess(terms, ts, y0, solver_state)
-        flat, unravel = ravel(y0)
         trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
-        error = trajectory.largest_error()
-        y_error = None if error is None else unravel(error)
+        y1, error = unravel(trajectory.ys[-1]), optional(trajectory.largest_error())
         dense_info = {"ts": ts, "infos": trajectory.dense_infos}
         state, result = window_state(trajectory), trajectory.result()
-        return unravel(trajectory.ys[-1]), y_error, dense_info, state, result
+        return y1, error, dense_info, state, result, trajectory.statistics

@@ -5,7 +5,7 @@ Everything is done on a flat, real state.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._custom_types import Args, DenseInfo, RealScalarLike, State
 from .._defaults import MAX_COARSE_ERROR, MAX_STAGE_STATE
 from .._diffrax_conventions import takes_controller_tolerances
+from .._linalg.operand_order import arguments_first
 from .._ravel import Unravel, ravel, rounding
 from .._step_map import StepMap
 from .runge_kutta import (
@@ -111,6 +112,10 @@ class SolverStep(eqx.Module):
         t0, t1 = x
         return self.product_at(x)(t0 + (t1 - t0) / 2, y)
 
+    def field(self, t: RealScalarLike, y: State) -> PyTree[Any]:
+        """The vector field, in the form that its term gives it."""
+        return self.terms.vf(t, self.unravel(y), self.args)
+
     def product_at(self, x: Times) -> Callable[[RealScalarLike, State], State]:
         """The vector field, times the length of the step between `x`."""
         # In terms of controls, not of `t1 - t0`: backwards in time the sign is there.
@@ -120,7 +125,7 @@ class SolverStep(eqx.Module):
             out = self.terms.vf_prod(t, self.unravel(y), self.args, control)
             return ravel(out)[0].astype(y.dtype)
 
-        return product
+        return arguments_first(product)
 
     def step(self, x: Times, y: State) -> State:
         """The state at the end of the step."""

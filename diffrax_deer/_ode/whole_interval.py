@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, Y
+from .deer_solver import DEERSolver
 
 
 class WholeInterval(diffrax.AbstractStepSizeController):
@@ -17,7 +18,8 @@ class WholeInterval(diffrax.AbstractStepSizeController):
     leave a second step of one rounding unit. Differentiable in `t0` and `t1`. Nothing
     is adapted: the accuracy is that of `num_steps` steps of the inner solver.
 
-    Raises at run time if `t0` or `t1` is infinite.
+    **Raises:** `ValueError` for a `DEERSolver` without `num_steps`; at run time if `t0`
+    or `t1` is infinite.
     """
 
     def wrap(self, direction: IntScalarLike) -> "WholeInterval":
@@ -37,7 +39,16 @@ class WholeInterval(diffrax.AbstractStepSizeController):
         error_order: RealScalarLike | None,
     ) -> tuple[RealScalarLike, None]:
         """The first step ends at `t1`."""
-        del terms, y0, dt0, args, func, error_order
+        del terms, y0, dt0, args, error_order
+        # diffrax passes the method `func` of the solver.
+        solver = getattr(func, "__self__", None)
+        if isinstance(solver, DEERSolver) and solver.num_steps is None:
+            msg = (
+                "`WholeInterval` makes the whole interval one window, whose number of "
+                "steps `DEERSolver` has to be told: `DEERSolver(num_steps=100)`, for "
+                "example."
+            )
+            raise ValueError(msg)
         t1 = eqx.error_if(
             jnp.asarray(t1),
             ~jnp.isfinite(jnp.asarray(t1)) | ~jnp.isfinite(jnp.asarray(t0)),

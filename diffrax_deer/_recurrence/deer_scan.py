@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._checks import check_optional, explained
 from .._defaults import MAX_PARALLEL_ENTRIES_SCAN, prefers_sequential_recurrence
 from .._gradient import AbstractGradient, default_gradient
+from .._linalg.operand_order import arguments_first
 from .._method import AbstractMethod, Newton, Sequential
 from .._prefix import count_leading_true
 from .._ravel import ravel, rounding
@@ -167,10 +168,11 @@ class _Recurrence(eqx.Module):
         before, after = self._others()
         closed, structure = trace
         sources = _sources(closed.jaxpr, len(jax.tree.leaves(self.init)))
+        swapped = arguments_first(self._step)
 
         def step_with_aux(x, y):
             x, others = x
-            carry, out = self._step(eqx.combine(unravel(y), others), x)
+            carry, out = swapped(eqx.combine(unravel(y), others), x)
             flat, _ = ravel(eqx.filter(carry, eqx.is_inexact_array))
             outputs = zip(jax.tree.leaves(out), sources, strict=True)
             return flat.astype(y.dtype), [x for x, i in outputs if i is None]

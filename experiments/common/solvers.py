@@ -226,15 +226,16 @@ METHODS: dict[str, Method] = {
 LABELS = {name: method.label for name, method in METHODS.items()}
 
 
-def windows(num_steps: int, adjoint: diffrax.AbstractAdjoint) -> Method:
+def windows(num_steps: int | None, adjoint: diffrax.AbstractAdjoint) -> Method:
     """Windows of so many steps each, which a controller chooses.
 
     As many steps in all as another adaptive solver may make.
     """
-    count = {"max_steps": max(1, 4096 // num_steps)}
+    solver = DEERSolver(num_steps=num_steps)
+    count = {"max_steps": max(1, 4096 // solver.window_steps)}
     control = lambda interval: adaptive(interval) | count
-    label = f"deer, windows of {num_steps}"
-    return Method(label, DEERSolver(num_steps=num_steps), control, adjoint)
+    label = f"deer, windows of {solver.window_steps}"
+    return Method(label, solver, control, adjoint)
 
 
 def solve_options(
