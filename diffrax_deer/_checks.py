@@ -11,8 +11,7 @@ from jaxtyping import PyTree
 
 from ._custom_types import Y
 
-# Their steps carry more than the state from one to the next, or belong to an SDE.
-_NOT_ONE_STEP = (diffrax.LeapfrogMidpoint, diffrax.ReversibleHeun)
+# They solve stochastic differential equations.
 _STOCHASTIC = (
     diffrax.AbstractSRK,
     diffrax.AbstractFosterLangevinSRK,
@@ -74,10 +73,16 @@ def check_step_map(solver: diffrax.AbstractSolver) -> None:
             "stiff."
         )
         raise ValueError(msg)
-    if isinstance(solver, _NOT_ONE_STEP):
+
+
+def check_memory(solver: diffrax.AbstractSolver, has_memory: bool) -> None:
+    """Raises for a solver that a window of several steps is not made for."""
+    if has_memory:
         msg = (
-            f"`solver` must be a one-step method; `{name}` carries more than the state "
-            "from one step to the next. Use `Midpoint()` or `Heun()`."
+            f"`{type(solver).__name__}` has a memory: it carries more than the state "
+            "from one step to the next, and steps of a window are made from the state "
+            "alone. Use it with `num_steps=1` and `method=Sequential()`, or a one-step "
+            "method, `Midpoint()` or `Heun()` for example."
         )
         raise ValueError(msg)
 

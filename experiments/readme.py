@@ -22,6 +22,7 @@ from experiments import (
     rnn_classifier,
     rnn_speed,
     thresholds,
+    training_loops,
     two_body_hnn,
 )
 from experiments.benchmark import goals, reading, report
@@ -57,6 +58,7 @@ _SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     ),
     "rnn_accuracy": (rnn_accuracy.table, "Newton's method"),
     "thresholds": (thresholds.table, "at most {repeats} repeats"),
+    "training_loops": (training_loops.summary, "{repeats} repeats"),
 }
 
 
@@ -116,6 +118,11 @@ def _rnn_classifier(results: dict[str, Any]) -> str:
     return _measured(tables, what, *results.values())
 
 
+def _training_loops_all(results: dict[str, Any]) -> str:
+    what = "{repeats} repeats, {steps} steps of training".format(**results["config"])
+    return _measured(training_loops.tables(results), what, results)
+
+
 def _benchmark(results: dict[str, Any]) -> str:
     cells = reading.cells_of(results.values())
     headline = [
@@ -167,6 +174,7 @@ _SEVERAL: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "rnn_classifier": (_rnn_classifier, "rnn_classifier"),
     "benchmark": (_benchmark, "benchmark"),
     "goals": (_goals, "benchmark"),
+    "training_loops_all": (_training_loops_all, "training_loops"),
 }
 
 

@@ -321,6 +321,7 @@ def kinetics(batch_size: int = 1) -> Loop:
             saveat=diffrax.SaveAt(ts=ts),
             **options,
         )
+        assert sol.ys is not None
         return sol.ys * jnp.array([1.0, 1e4, 1.0])
 
     options = _adaptive(diffrax.Kvaerno5(), 1e-6, 1e-8, 1e-4)
@@ -522,6 +523,27 @@ def table(results: dict[str, Any]) -> str:
         rows.append(["geometric mean", name, "", "", "", mean, ""])
     head = ("loop", "solver, adjoint", "compile (s)", "of it", "step (ms) [quartiles]")
     return format_table((*head, "speed-up", "last loss"), rows)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """One line for each loop: speed-ups, and the first call, in Markdown."""
+    names = ("DirectAdjoint", "DEERSolver", "DEERSolver, DEERAdjoint", "fixed grid")
+    rows, all_ratios = [], []
+    for cell in results["loops"]:
+        methods = cell["methods"]
+        ratios = [
+            speed_up(methods, n, _BASELINE) if n in methods else None for n in names
+        ]
+        all_ratios.append(ratios)
+        first = [methods[name]["compile_seconds"] for name in (_BASELINE, *names[1:3])]
+        row = [cell["title"], describe_time(methods[_BASELINE])]
+        row += ["-" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
+        rows.append([*row, *(f"{each / first[0]:.2f}×" for each in first[1:])])
+    known = [[r for r in ratios if r] for ratios in zip(*all_ratios, strict=True)]
+    means = [f"{geometric_mean(ratios):.2f}×" for ratios in known]
+    rows.append(["geometric mean", "", *means, "", ""])
+    head = ("training step", "as it is (ms) [quartiles]", *(f"{n}" for n in names))
+    return format_table((*head, "compile: solver", "and adjoint"), rows)
 
 
 def sweep_table(results: dict[str, Any]) -> str:

@@ -686,7 +686,6 @@ _WRONG_ARGUMENTS = [
     (dict(solver="dopri5"), TypeError, "`solver` must be an instance of"),
     (dict(solver=diffrax.EulerHeun()), ValueError, "SDE solver `EulerHeun`"),
     (dict(solver=diffrax.SPaRK()), ValueError, "Use `Dopri5\\(\\)`"),
-    (dict(solver=diffrax.LeapfrogMidpoint()), ValueError, "one-step method"),
     (dict(solver=newton_solver()), ValueError, "itself"),
     (dict(method=Newton), TypeError, "`method` got the class `Newton`"),
     (dict(method=FullJacobian()), TypeError, "an instance of `AbstractMethod`"),

@@ -67,7 +67,7 @@ def test_choices_on_a_cpu():
     assert default_scan() == SequentialScan()
     assert default_method(10, 2) == Sequential()
     assert defaults.window_size(1) == defaults.window_size(10**9) == 1024
-    assert defaults.group_size(1) == defaults.group_size(10**9) == 8
+    assert defaults.group_size(1) == defaults.group_size(10**9) == 32
     small = default_gradient(jnp.ones(2), 2, 10, max_entries=128)
     assert isinstance(small, GradientByBatch) and small.is_parallel
     large = default_gradient(jnp.ones(12), 12, 10, max_entries=128)

@@ -131,12 +131,17 @@ def _can_record(windows: Windows, state: LoopState) -> bool:
         return False
     if windows.dense or windows.save_ends:
         return False
-    size = ravel(state.y)[0].size
-    num_entries = windows.max_steps * windows.solver.window_steps * size
-    parameters = jax.tree.leaves((windows.terms, windows.args))
-    num_parameters = sum(x.size for x in parameters if eqx.is_inexact_array(x))
-    may = records_windows(num_entries, num_parameters, len(windows.save_ts), size)
-    return may and has_constant_factors(windows.controller)
+    if not has_constant_factors(windows.controller):
+        return False
+    inner, flat = windows.inner_step(state.y), ravel(state.y)[0]
+    if not inner.is_one_field or inner.has_memory((windows.t0, windows.t1), flat):
+        return False
+    num_entries = windows.max_steps * windows.solver.window_steps * flat.size
+    # Also what the field closes over.
+    field = eqx.filter_closure_convert(inner.field, state.t_prev, flat)
+    parameters = filter(eqx.is_inexact_array, jax.tree.leaves(field))
+    num_parameters, num_times = sum(x.size for x in parameters), len(windows.save_ts)
+    return records_windows(num_entries, num_parameters, num_times, flat.size)
 
 
 def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:

@@ -1,6 +1,7 @@
 """`DEERSolver`: a window of steps of any diffrax solver, solved at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import jax
@@ -52,9 +53,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     On a CPU a window is one step unless `num_steps` says otherwise: under any
     controller the steps are those of the inner solver. With more than one,
-    `PIDController` chooses the windows such that each inner step meets the tolerance;
-    let `num_steps` be well below the number of steps that this takes. Where the number
-    of steps is known, use `WholeInterval()`, which makes the whole interval one window.
+    `PIDController` chooses the windows such that each inner step meets the tolerance.
+    Where the number of steps is known, `WholeInterval()` makes all of them one window.
 
     **Arguments:**
 
@@ -72,11 +72,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         `ParallelGradient()` where D² times the batch is at most 128, else
         `SequentialGradient()`; elsewhere `ParallelGradient()`, unless the Jacobians fit
         into no memory. Value and gradient are the same, to rounding, for all of these.
-    - `guess`: a `diffrax.AbstractPath` close to the solution: a previous `Solution`
-        with `SaveAt(dense=True)`, an interpolation... Before its beginning and beyond
-        its end it is taken as constant. `None` means the trajectory in `solver_state`
-        where there is one, else what the predictor of the method predicts.
-        `Sequential()` needs none.
+    - `guess`: a `diffrax.AbstractPath` close to the solution, a previous `Solution`
+        with `SaveAt(dense=True)` for example. Before its beginning and beyond its end
+        it is taken as constant. `None` means the trajectory in `solver_state` where
+        there is one, else what the method's predictor says. `Sequential()` needs none.
 
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range, at
     construction; for terms of an SDE, for a guess of another structure than y0, and
@@ -175,7 +174,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         y0: Y,
         args: Args,
     ) -> WindowState | Memory:
-        """No guess for the first window: a trajectory that does not leave `t0`."""
+        """No guess for the first window: a trajectory that stays at `t0`."""
         check_noise(terms)
         y0 = promoted(y0, t0, t1)
         flat, _ = ravel(y0)
@@ -200,10 +199,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         y0: Y,
         args: Args = None,
     ) -> tuple[AbstractMethod, AbstractGradient]:
-        """The method and the gradient of one window, with all choices made.
+        """What `method` and `gradient` of one window are, where they are `None`.
 
-        What `None` means for this problem, on this platform and, within `jax.vmap`, for
-        this batch. Arguments as for `init`.
+        For this problem, platform and, within `jax.vmap`, batch. Arguments of `init`.
         """
         y0 = promoted(y0, t0)
         (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
@@ -221,13 +219,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> PyTree[bool]:
         """Which leaves of `y0` are left out of the Newton system.
 
-        A leaf that no component of the vector field depends on, by its dataflow, is a
-        quadrature: the log-density of a continuous normalizing flow, a running cost.
-        It costs no Jacobian column and is summed up once, along the converged solution
-        of the others; value and gradient are the same. Found with the Runge-Kutta
-        methods of diffrax, `Euler`, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
+        Those that no component of the vector field depends on, by its dataflow: the
+        log-density of a normalizing flow, a running cost. They cost no Jacobian column
+        and are summed up once, along the solution of the others. Found with
+        Runge-Kutta methods, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
 
-        The arguments are those of `init`. **Returns:** a pytree as `y0`, of booleans.
+        Arguments of `init`. **Returns:** a pytree as `y0`, of booleans.
         """
         y0 = promoted(y0, t0, t1)
         parts = partition(self.inner_step(terms, y0, args), (t0, t1), ravel(y0)[0])
@@ -281,11 +278,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         result = self.solve_window(terms, t0, t1, y0, args, solver_state, made_jump)
         return result[:-1]
 
-    def solve_window(
-        self, terms, t0, t1, y0, args, solver_state, made_jump
-    ) -> tuple[
-        Y, Y | None, DenseInfo, WindowState | Memory, diffrax.RESULTS, Statistics
-    ]:
+    def solve_window(self, terms, t0, t1, y0, args, solver_state, made_jump) -> Any:
         """The same as `step`, and the `Statistics`."""
         inner, (flat, unravel) = self.inner_step(terms, y0, args), ravel(y0)
         optional = lambda error: None if error is None else unravel(error)

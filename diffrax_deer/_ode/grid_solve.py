@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._checks import check_memory
 from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
 from .._gradient import AbstractGradient, default_gradient
@@ -96,6 +97,7 @@ def plan(
     gradient: AbstractGradient | None,
 ) -> Plan:
     """Arguments as for `solve_grid`."""
+    check_memory(inner.solver, inner.has_memory((ts[0], ts[1]), y0))
     parts = partition(inner, (ts[0], ts[1]), y0)
     state, step_map = y0, inner.step_map(y0)
     if parts is not None:

@@ -107,6 +107,20 @@ class SolverStep(eqx.Module):
         # Unlike `type` this looks into a `HalfSolver`.
         return isinstance(self.solver, diffrax.AbstractImplicitSolver)
 
+    def has_memory(self, x: Times, y: State) -> bool:
+        """Whether a step depends on more than its times and its state.
+
+        What a Runge-Kutta method keeps is known to be of no influence.
+        """
+        solver: Any = self.solver
+        while type(solver) is diffrax.HalfSolver:
+            solver = solver.solver
+        if isinstance(solver, diffrax.AbstractRungeKutta):
+            return False
+        y0 = self.unravel(y)
+        state = eqx.filter_eval_shape(solver.init, self.terms, *x, y0, self.args)
+        return bool(jax.tree.leaves(state))
+
     def increment(self, x: Times, y: State) -> State:
         """The vector field in the middle of the step, times the length of the step."""
         t0, t1 = x
