@@ -102,7 +102,7 @@ def neural_ode(
         term = diffrax.ODETerm(lambda t, y, args: network(y))
         saveat = diffrax.SaveAt(ts=data[1]) if num_times else diffrax.SaveAt(t1=True)
         solve = lambda y0: diffrax.diffeqsolve(
-            term, t0=0.0, t1=10.0, y0=y0, saveat=saveat, max_steps=max_steps, **options
+            term, t0=0.0, t1=10.0, y0=y0, saveat=saveat, **options
         )
         return jax.vmap(lambda y0: solve(y0).ys)(data[0])
 
@@ -112,7 +112,7 @@ def neural_ode(
         data,
         predict,
         lambda ys, data: jnp.mean((ys - data[2]) ** 2),
-        _adaptive(diffrax.Tsit5(), 1e-3, 1e-6, 0.1),
+        _adaptive(diffrax.Tsit5(), 1e-3, 1e-6, 0.1) | {"max_steps": max_steps},
     )
 
 

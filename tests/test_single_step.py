@@ -62,7 +62,8 @@ def _solve(solver, args, y0, **kwargs):
 def test_steps_values_and_gradients_are_those_of_the_inner_solver(inner, controller):
     if isinstance(inner, diffrax.AbstractImplicitSolver):
         root_finder = diffrax.VeryChord(rtol=1e-10, atol=1e-10)
-        inner = type(inner)(root_finder=root_finder)
+        kind: Any = type(inner)
+        inner = kind(root_finder=root_finder)
 
     def loss(solver, adjoint, args, y0):
         sol, counts = _solve(

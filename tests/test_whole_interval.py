@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import WholeInterval
+from diffrax_deer import DEERSolver, WholeInterval
 
 from .helpers import adjoints, each_adjoint, newton_solver
 from .oracle import assert_equal
@@ -78,3 +78,8 @@ def test_empty_interval_has_the_initial_value_everywhere(adjoint):
     np.testing.assert_array_equal(sol.ts[1], np.inf)
     np.testing.assert_array_equal(sol.ys[1], np.inf)
     assert_equal(sol.evaluate(1.0), jnp.array([2.0]))
+
+
+def test_solver_has_to_be_told_how_many_steps_to_make():
+    with pytest.raises(ValueError, match=r"DEERSolver\(num_steps=100\)"):
+        _solve(0.0, 1.0, solver=DEERSolver())
