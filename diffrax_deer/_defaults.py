@@ -62,9 +62,9 @@ MAX_DAMPED_ITERATIONS, MIN_DAMPING = 100, 2.0**-12
 
 # On a CPU, the entries D² of a Jacobian times the batch up to which the parallel
 # gradient is the faster one. `experiments.thresholds`, `results/thresholds/cpu.json`:
-# perceptrons, D = 2 to 8, and FitzHugh-Nagumo, batch 1 to 128, measured under load and
-# to be repeated; `results/benchmark/cpu` agrees. For other costs of a
-# step the other choice can be 1.6 times as fast (`results/long_horizon/cpu.json`).
+# perceptrons, D = 2 to 8, and FitzHugh-Nagumo, batch 1 to 128; `results/benchmark/cpu`
+# agrees. For other costs of a step the other choice can be 1.6 times as fast
+# (`results/long_horizon/cpu.json`).
 MAX_PARALLEL_ENTRIES = 128
 # The same for `deer_scan`, from the same results: GRU, D = 2 to 16, batch 1 to 64.
 MAX_PARALLEL_ENTRIES_SCAN = 256
@@ -87,8 +87,8 @@ MAX_RECORD_ENTRIES = 2**15
 # On a CPU also only so many parameters and save times: of networks a step is busy with
 # its products, and diffrax's loop, which holds their derivative once for each sample,
 # wastes less than one that skips what was not made. FitzHugh-Nagumo, 155 steps, no save
-# time: 4.5 times as fast as diffrax's, 1000: 0.6 times; a perceptron of 4482
-# parameters, 24 steps: 0.4 times. Measured once, by a script that is not committed.
+# time: 5 times as fast as diffrax's, 100: 2.4, 1000: 0.6 times; a perceptron of 4482
+# parameters, 24 steps: 0.7 times. Measured once, by a script that is not committed.
 MAX_RECORD_PARAMETERS, MAX_RECORD_TIMES = 64, 128
 # Recorded steps that are differentiated at once: on a CPU, see `results/thresholds/cpu.
 # json`; elsewhere not measured.
