@@ -29,7 +29,9 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant("_prefix", "[y0[None], ys[:-1]]", "[ys[:1], ys[:-1]]", "test_newton"),
     Mutant("_prefix", "jnp.isnan(x), jnp.inf", "jnp.isnan(x), 0.0", "test_newton"),
-    Mutant("_affine_scan", "y = a.matvec(y) + b", "y = a.matvec(y) - b", "test_affine_scan"),
+    Mutant(
+        "_affine_scan", "y = a.matvec(y) + b", "y = a.matvec(y) - b", "test_affine_scan"
+    ),
     Mutant(
         "_affine_scan",
         "a_then.matmul(a_first), applied",
@@ -63,7 +65,10 @@ MUTANTS = [
         "test_gradient",
     ),
     Mutant(
-        "_solve", "jnp.arange(len(ys)) < num_solved, ", "jnp.arange(len(ys)) < 0, ", "test_gradient"
+        "_solve",
+        "jnp.arange(len(ys)) < num_solved, ",
+        "jnp.arange(len(ys)) < 0, ",
+        "test_gradient",
     ),
     Mutant("_ode/runge_kutta", "row[i] * matrix", "matrix", "test_runge_kutta"),
     Mutant(
@@ -72,9 +77,7 @@ MUTANTS = [
         "(jnp.array(True), last)",
         "test_single_step",
     ),
-    Mutant(
-        "_ode/single_step", "is_first | made_jump", "is_first", "test_single_step"
-    ),
+    Mutant("_ode/single_step", "is_first | made_jump", "is_first", "test_single_step"),
     Mutant(
         "_ode/solver_step",
         "return bool(jax.tree.leaves(state))",
