@@ -242,7 +242,7 @@ def neural_cde(batch_size: int = 32) -> Loop:
         eqx.nn.Linear(hidden, "scalar", key=keys[2]),
     )
     ts = jnp.linspace(0.0, 4 * jnp.pi, 50)
-    labels = jnp.arange(batch_size) % 2
+    labels = (jnp.arange(batch_size) % 2).astype(ts.dtype)
     starts = jr.uniform(keys[3], (batch_size, 1), maxval=2 * jnp.pi)
     angles = starts + (2 * labels[:, None] - 1) * ts
     paths = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -269,7 +269,7 @@ def neural_cde(batch_size: int = 32) -> Loop:
     def loss(logits, data):
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, data[1]))
 
-    data = paths, labels.astype(paths.dtype)
+    data = paths, labels
     options = _adaptive(diffrax.Tsit5(), 1e-3, 1e-6, None)
     return Loop("neural CDE", model, data, predict, loss, options)
 
@@ -280,7 +280,7 @@ def hamiltonian(batch_size: int = 8) -> Loop:
     y0s = 0.5 * jr.normal(keys[0], (batch_size, 4))
     ts = jnp.linspace(0.0, 5.0, 20)
     turn = jax.vmap(lambda t: jnp.kron(_rotation(-t), jnp.eye(2)))(ts)
-    network = HamiltonianNetwork(4, 64, 2, jnp.float32, keys[1])
+    network = HamiltonianNetwork(4, 64, 2, y0s.dtype, keys[1])
 
     def predict(network, data, options):
         solve = lambda y0: diffrax.diffeqsolve(

@@ -142,7 +142,8 @@ def main() -> int:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(survives, MUTANTS))
     for mutant, alive in zip(MUTANTS, found, strict=True):
-        print(f"{'SURVIVES' if alive else 'found':8} {mutant.module}: {mutant.new}")
+        outcome = "SURVIVES" if alive else "found"
+        sys.stdout.write(f"{outcome:8} {mutant.module}: {mutant.new}\n")
     return sum(found)
 
 

@@ -285,8 +285,8 @@ def test_first_and_second_derivatives_are_those_of_the_oracle(path):
     chosen = jnp.zeros(0)
     if not is_static:
         saveat = diffrax.SaveAt(steps=True)
-        chosen = _solve(_PARAMETERS, solver, _PID, _SEQUENTIAL, saveat, max_steps=40).ts
-        chosen = chosen[jnp.isfinite(chosen)]
+        sol = _solve(_PARAMETERS, solver, _PID, _SEQUENTIAL, saveat, max_steps=40)
+        chosen = jnp.asarray(sol.ts)[jnp.isfinite(jnp.asarray(sol.ts))]
 
     def oracle(p):
         if is_static:

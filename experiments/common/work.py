@@ -41,10 +41,11 @@ def count_work(
         state: Any = solution.solver_state
         iterations = state.num_iterations
         stages = _num_stages(solver.solver)
-        num_coarse = -(-solver.num_steps // CoarsePredictor().stride)
-        iterating = solver.num_steps * iterations * (stages + state_dim)
-        iterating += (solver.num_steps + num_coarse) * stages
-        sequential = solver.num_steps * stages
+        num_steps = solver.window_steps
+        num_coarse = -(-num_steps // CoarsePredictor().stride)
+        iterating = num_steps * iterations * (stages + state_dim)
+        iterating += (num_steps + num_coarse) * stages
+        sequential = num_steps * stages
         return jnp.where(iterations == 0, sequential, iterating), iterations
     num_steps = jnp.asarray(solution.stats["num_steps"])
     is_fsal = bool(solver.tableau.fsal)
