@@ -244,7 +244,7 @@ def neural_cde(batch_size: int = 32) -> Loop:
     ts = jnp.linspace(0.0, 4 * jnp.pi, 50)
     labels = (jnp.arange(batch_size) % 2).astype(ts.dtype)
     starts = jr.uniform(keys[3], (batch_size, 1), maxval=2 * jnp.pi)
-    angles = starts + (2 * labels[:, None] - 1) * ts
+    angles = starts + (2 * labels[:, None] - 1) * ts[None]
     paths = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     paths = paths * jnp.exp(-0.1 * ts)[None, :, None]
 
