@@ -32,7 +32,7 @@ def loss(rate, solver, controller):
 
 
 steps = diffrax.StepTo(jnp.linspace(0.0, 1.0, 65))
-newton = diffrax_deer.DEERSolver(method=diffrax_deer.Newton())
+newton = diffrax_deer.DEERSolver(num_steps=64, method=diffrax_deer.Newton())
 results = [
     jax.value_and_grad(loss)(2.0, *each)
     for each in [
