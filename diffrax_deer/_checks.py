@@ -114,18 +114,6 @@ def check_noise(terms: PyTree[diffrax.AbstractTerm]) -> None:
         raise ValueError(msg)
 
 
-def check_window_state(state: Any, num_steps: int) -> None:
-    """Raises unless the state of the solver is one window of `num_steps` steps."""
-    if len(state.ts) != num_steps + 1:
-        msg = (
-            f"`solver_state` holds {len(state.ts) - 1} steps, but a window has "
-            f"`num_steps={num_steps}`. It has to come from a solve with the same "
-            "`num_steps`; one of several windows solved together, as "
-            "`DEERAdjoint` does with `StepTo`, only fits another such solve."
-        )
-        raise ValueError(msg)
-
-
 _NO_FORWARD_MODE = (
     "What is solved in parallel is differentiated in forward mode, also for a "
     "gradient, and the vector field, or the function of a recurrence, contains a "

@@ -141,7 +141,7 @@ def window_size(num_entries: int) -> int:
 
 
 def records_windows(
-    max_entries: int, num_parameters: int, num_times: int, state_size: int
+    max_entries: int, num_times: int, state_size: int, num_parameters: int
 ) -> bool:
     """Whether windows of a controller are recorded, and differentiated together.
 

@@ -68,9 +68,9 @@ def test_choices_on_a_cpu():
     assert default_method(10, 2) == Sequential()
     assert defaults.window_size(1) == defaults.window_size(10**9) == 1024
     assert defaults.group_size(1) == defaults.group_size(10**9) == 32
-    # Few entries, parameters, save times and components.
-    assert defaults.records_windows(2**15, 64, 128, 11)
-    too_many = [(2**15 + 1, 1, 1, 1), (1, 65, 1, 1), (1, 1, 129, 1), (1, 1, 1, 12)]
+    # Few entries, save times, components and parameters.
+    assert defaults.records_windows(2**15, 128, 11, 64)
+    too_many = [(2**15 + 1, 1, 1, 1), (1, 129, 1, 1), (1, 1, 12, 1), (1, 1, 1, 65)]
     assert not any(defaults.records_windows(*each) for each in [*too_many, (0,) * 4])
     small = default_gradient(jnp.ones(2), 2, 10, max_entries=128)
     assert isinstance(small, GradientByBatch) and small.is_parallel
@@ -92,7 +92,7 @@ def test_choices_elsewhere():
     assert sizes == [2**22, 2**22, 2**16, 1024]
     resolved = Newton().resolve(StepMap(lambda x, y: y), jnp.ones(32), 10_000)
     assert resolved.window == 2**22 // 32**2
-    assert defaults.records_windows(2**15, 10**6, 10**4, 100)
+    assert defaults.records_windows(2**15, 10**4, 100, 10**6)
     assert DEERSolver().window_steps == 64
     groups = [defaults.group_size(n) for n in (0, 2**12, 2**16, 10**9)]
     assert groups == [1024, 1024, 64, 1]

@@ -138,9 +138,10 @@ class _AdamsBashforth(diffrax.AbstractSolver):
         return y1, None, info, slope, diffrax.RESULTS.successful
 
 
-def _decay(solver, **kwargs):
+def _decay(solver, dt0: Any = 0.1, **kwargs: Any):
     term, y0 = diffrax.ODETerm(lambda t, y, args: -y), jnp.array(1.0)
-    return diffrax.diffeqsolve(term, solver, 0.0, 2.0, 0.1, y0, **kwargs).ys[-1]
+    sol = diffrax.diffeqsolve(term, solver, 0.0, 2.0, dt0, y0, **kwargs)
+    return jnp.asarray(sol.ys)[-1]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,11 @@ def test_solver_with_a_memory_keeps_it_from_step_to_step(inner):
     for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DEERAdjoint()):
         found = _decay(DEERSolver(inner), adjoint=adjoint)
         np.testing.assert_allclose(found, expected, rtol=1e-14)
+    # Also where the steps are static, and others would be made all at once.
+    grid = diffrax.StepTo(jnp.linspace(0.0, 2.0, 21))
+    kwargs: Any = dict(stepsize_controller=grid, dt0=None)
+    found = _decay(DEERSolver(inner), adjoint=DEERAdjoint(), **kwargs)
+    np.testing.assert_allclose(found, _decay(inner, **kwargs), rtol=1e-14)
     with pytest.raises(ValueError, match="memory"):
         _decay(DEERSolver(inner, num_steps=4))
 

@@ -245,5 +245,11 @@ def test_state_of_another_number_of_steps_is_refused_where_it_does_not_fit(adjoi
     state = DEERSolver(num_steps=6).init(_TERM, 0.0, 1.0, jnp.asarray(_VDP.y0), None)
     controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     kwargs = dict(stepsize_controller=controller, solver_state=state, max_steps=16)
-    with pytest.raises(ValueError, match="`solver_state` holds 6 steps.*`num_steps=5`"):
+    with pytest.raises(ValueError, match="is that of 6 steps, but .* has 5 steps"):
+        _solve(DEERSolver(num_steps=5), adjoint=adjoint, **kwargs)
+    with pytest.raises(ValueError, match="of 6 steps, but .* has a single step"):
+        _solve(DEERSolver(), adjoint=adjoint, **kwargs)
+    y0, args = jnp.asarray(_VDP.y0), jnp.ones(())
+    kwargs["solver_state"] = DEERSolver().init(_TERM, 0.0, 1.0, y0, args)
+    with pytest.raises(ValueError, match="of a single step, but .* has 5 steps"):
         _solve(DEERSolver(num_steps=5), adjoint=adjoint, **kwargs)

@@ -156,10 +156,8 @@ class _Replay(eqx.Module):
         ends = jnp.where(index <= num_made, ends, lax.stop_gradient(starts[num_made]))
         kept = part(self.records.keep) & (index[:-1] < num_made)
         # Nothing moves in a window that was rejected.
-        latest, recorded = (
-            lax.cummax(jnp.where(kept, jnp.arange(size), -1)),
-            part(self.records.ys),
-        )
+        recorded = part(self.records.ys)
+        latest = lax.cummax(jnp.where(kept, jnp.arange(size), -1))
         start = jax.vmap(select, (0, 0, None))(latest >= 0, recorded[latest, -1], y)
         start = jnp.broadcast_to(start[:, None], recorded.shape)
         ys = jax.vmap(select)(kept, recorded, start).reshape(-1, y.size)
@@ -171,8 +169,7 @@ class _Replay(eqx.Module):
         trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)
-        kept = jnp.repeat(kept, num_steps)
-        saved = _saved(windows, trajectory, kept, after)
+        saved = _saved(windows, trajectory, jnp.repeat(kept, num_steps), after)
         past = jnp.concatenate([y[None], trajectory.ys])
         return past[num_solved], saved
 

@@ -1,5 +1,6 @@
 """`DEERAdjoint`: the solve without the loop that diffrax has around it."""
 
+import functools as ft
 from typing import Any
 
 import diffrax
@@ -68,13 +69,17 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         windows = _windows(kwargs)
         state = _first_state(init_state, windows)
         meter, ends = init_state.progress_meter_state, None
-        if not kwargs["passed_controller_state"]:
+        # What a step hands on to the next is not known for many at once.
+        inner, x = windows.inner_step(state.y), (windows.t0, windows.t1)
+        has_memory = inner.has_memory(x, ravel(state.y)[0])
+        has_memory = has_memory and windows.solver.makes_single_steps
+        if not kwargs["passed_controller_state"] and not has_memory:
             ends = windows.static_ends(state.t_next)
         is_static = ends is not None and len(ends) > 1
         if ends is not None and is_static:
             outcome = static_windows(windows, state, ends)
             meter = windows.advance(meter, outcome.state.t_prev)
-        elif _can_record(windows, state):
+        elif not has_memory and _can_record(windows, state):
             outcome, meter = adaptive_windows(windows, state, meter)
         else:
             final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
@@ -134,14 +139,14 @@ def _can_record(windows: Windows, state: LoopState) -> bool:
     if not has_constant_factors(windows.controller):
         return False
     inner, flat = windows.inner_step(state.y), ravel(state.y)[0]
-    if not inner.is_one_field or inner.has_memory((windows.t0, windows.t1), flat):
-        return False
     num_entries = windows.max_steps * windows.solver.window_steps * flat.size
-    # Also what the field closes over.
+    may = ft.partial(records_windows, num_entries, len(windows.save_ts), flat.size)
+    # The field is traced only if that can make a difference.
+    if not inner.is_one_field or not may(num_parameters=0):
+        return False
     field = eqx.filter_closure_convert(inner.field, state.t_prev, flat)
     parameters = filter(eqx.is_inexact_array, jax.tree.leaves(field))
-    num_parameters, num_times = sum(x.size for x in parameters), len(windows.save_ts)
-    return records_windows(num_entries, num_parameters, num_times, flat.size)
+    return may(num_parameters=sum(x.size for x in parameters))
 
 
 def _end(windows: Windows, outcome: Outcome, inner: SolverStep) -> Final:

@@ -147,8 +147,9 @@ class Windows(eqx.Module):
     """A differential equation and how it is to be cut into windows.
 
     The fields are the arguments of `diffrax.AbstractAdjoint.loop`; `save_ts`,
-    `(times,)`, are all the times to save at, `save_ends` whether anything is saved at
-    the ends of windows, `dense` whether everything is.
+    `(times,)`, are all the times to save at, sorted, and `places` where each of them
+    was, `None` if there; `save_ends` whether anything is saved at the ends of windows,
+    `dense` whether everything is.
     """
 
     solver: DEERSolver

@@ -15,7 +15,6 @@ from .._checks import (
     check_noise,
     check_optional,
     check_step_map,
-    check_window_state,
 )
 from .._custom_types import (
     Args,
@@ -35,7 +34,12 @@ from .grid_solve import default_method, plan, solve_grid
 from .quadrature import partition
 from .single_step import Memory, first_memory, single_step
 from .solver_step import SolverStep, prepare
-from .window_state import WindowState, initial_guess, window_state
+from .window_state import (
+    WindowState,
+    check_window_state,
+    initial_guess,
+    window_state,
+)
 
 
 class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
@@ -82,11 +86,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     for a derivative of a field with a `jax.custom_vjp`, at trace time. A failed solve
     is a `diffrax.RESULTS`.
 
-    **Cost** of N steps and a state of D real components: that of the method and of the
-    gradient. `Sequential()` makes N steps; `Newton()` a third of the steps one after
-    another for the prediction, where there is no guess, then in each iteration all
-    steps, their transitions and one scan. Memory is O(N D), and O(N D²) where Jacobians
-    are held.
+    **Cost** of N steps and a state of D real components: `Sequential()` makes N steps;
+    `Newton()` a third of them one after another for the prediction, where there is no
+    guess, then in each iteration all steps, their transitions and one scan. Memory is
+    O(N D), and O(N D²) where Jacobians are held.
 
     ??? cite "Reference"
 
@@ -219,10 +222,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> PyTree[bool]:
         """Which leaves of `y0` are left out of the Newton system.
 
-        Those that no component of the vector field depends on, by its dataflow: the
-        log-density of a normalizing flow, a running cost. They cost no Jacobian column
-        and are summed up once, along the solution of the others. Found with
-        Runge-Kutta methods, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
+        Those that no component of the vector field depends on, by its dataflow, as a
+        running cost. They are summed up once, along the solution of the others. Found
+        with Runge-Kutta methods, `ImplicitEuler` and `ExponentialRosenbrockEuler`.
 
         Arguments of `init`. **Returns:** a pytree as `y0`, of booleans.
         """
@@ -259,10 +261,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The dense information of windows of one step, between `ends`."""
         if self.makes_single_steps:
             return infos
-        return {
-            "ts": jnp.stack(ends, axis=1),
-            "infos": jax.tree.map(lambda x: x[:, None], infos),
-        }
+        infos = jax.tree.map(lambda x: x[:, None], infos)
+        return {"ts": jnp.stack(ends, axis=1), "infos": infos}
 
     def step(
         self,
@@ -282,15 +282,15 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The same as `step`, and the `Statistics`."""
         inner, (flat, unravel) = self.inner_step(terms, y0, args), ravel(y0)
         optional = lambda error: None if error is None else unravel(error)
-        if self.makes_single_steps:
+        single = self.makes_single_steps
+        check_window_state(solver_state, None if single else self.window_steps)
+        if single:
             step, memory = single_step(inner, (t0, t1), flat, solver_state, made_jump)
             y1, error = unravel(step.y1), optional(step.error)
-            result, count = step.result, jnp.array(0, int)
-            assert result is not None
-            chosen = Sequential(), SequentialGradient()
-            statistics = Statistics(count, None, count, result, *chosen)
-            return y1, error, step.dense_info, memory, result, statistics
-        check_window_state(solver_state, self.window_steps)
+            assert step.result is not None
+            count, chosen = jnp.array(0, int), (Sequential(), SequentialGradient())
+            statistics = Statistics(count, None, count, step.result, *chosen)
+            return y1, error, step.dense_info, memory, step.result, statistics
         ts = self.grid(t0, t1)
         guess = self.initial_guess(terms, ts, y0, solver_state)
         trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)

@@ -97,7 +97,6 @@ def plan(
     gradient: AbstractGradient | None,
 ) -> Plan:
     """Arguments as for `solve_grid`."""
-    check_memory(inner.solver, inner.has_memory((ts[0], ts[1]), y0))
     parts = partition(inner, (ts[0], ts[1]), y0)
     state, step_map = y0, inner.step_map(y0)
     if parts is not None:
@@ -125,6 +124,7 @@ def solve_grid(
 
     The other arguments are those of `solve`; `None` for what is fastest.
     """
+    check_memory(inner.solver, inner.has_memory((ts[0], ts[1]), y0))
     xs, placeholder = (ts[:-1], ts[1:]), (ts[0], ts[0])
     parts, step_map, state, method, gradient = plan(inner, ts, y0, method, gradient)
     if parts is not None:

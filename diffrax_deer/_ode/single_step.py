@@ -20,15 +20,15 @@ from .._ravel import ravel
 from .runge_kutta import Times, stage_state, tableau_of, time_of
 from .solver_step import SolverStep, StepResult
 
-# Of the inner solver, or what `_first_stage` says.
+# The state of the inner solver, or what `first_memory` has in its place.
 Memory = PyTree[Any]
 
 
 def _hands_on_last_stage(inner: SolverStep, t0: RealScalarLike, y: State) -> bool:
     """Whether the last stage of a step is the first one of the next (FSAL)."""
-    if not inner.is_one_field or not inner.solver.tableau.fsal:  # pyright: ignore
-        return False
-    return not inner.terms.is_vf_expensive(t0, t0, inner.unravel(y), inner.args)
+    # The products of an expensive field are found without the field itself.
+    is_expensive = inner.terms.is_vf_expensive(t0, t0, inner.unravel(y), inner.args)
+    return inner.solver.tableau.fsal and not is_expensive  # pyright: ignore
 
 
 def _is_explicit(inner: SolverStep) -> bool:

@@ -22,7 +22,8 @@ class WindowState(eqx.Module):
 
     The converged trajectory is the guess wherever a later window covers the same times:
     pass it on with `SaveAt(solver_state=True)` and `diffeqsolve(..., solver_state=...)`
-    to start the next training step warm. Beyond its end it is constant.
+    to start the next training step warm. Beyond its end it is constant. (A solver whose
+    windows are single steps needs no guess, and carries what its inner solver does.)
 
     - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
         in the solver's own (increasing) time and ravelled state.
@@ -32,6 +33,24 @@ class WindowState(eqx.Module):
     ts: Float[Array, " times"]
     ys: Float[Array, "times state"]
     num_iterations: Int[Array, ""]
+
+
+def check_window_state(state: Any, num_steps: int | None) -> None:
+    """Raises unless the state of the solver is one window of `num_steps` steps.
+
+    `None`: unless it is what a single step hands on to the next.
+    """
+    held = len(state.ts) - 1 if isinstance(state, WindowState) else None
+    if held != num_steps:
+        name = lambda count: "a single step" if count is None else f"{count} steps"
+        msg = (
+            f"`solver_state` is that of {name(held)}, but a window has "
+            f"{name(num_steps)}. It has to come from a solve with the same "
+            "`num_steps`, `method` and `gradient`; one of several windows solved "
+            "together, as `DEERAdjoint` does with `StepTo`, only fits another such "
+            "solve."
+        )
+        raise ValueError(msg)
 
 
 def initial_guess(
