@@ -38,7 +38,8 @@ results = [
     for each in [
         (diffrax.Dopri5(), steps),
         (newton, diffrax_deer.WholeInterval()),
-        (diffrax_deer.DEERSolver(), diffrax_deer.WholeInterval()),
+        (diffrax_deer.DEERSolver(), steps),
+        (diffrax_deer.DEERSolver(num_steps=64), diffrax_deer.WholeInterval()),
     ]
 ]
 for result in results[1:]:
