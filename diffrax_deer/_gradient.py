@@ -19,7 +19,7 @@ from ._affine_scan import AbstractScan, affine_recurrence
 from ._checks import check_optional, check_tolerance
 from ._custom_types import State, States
 from ._defaults import batch_size, holds_jacobians, prefers_sequential_steps
-from ._linalg.transitions import Dense
+from ._linalg.transitions import Dense, zero_unless
 from ._linearization import AbstractLinearization, DiagonalJacobian
 from ._matrix_free import matrix_free_recurrence
 from ._prefix import shift
@@ -94,7 +94,9 @@ def _all_at_once(
     `J_n v_{n-1}`.
     """
     step_map_dot, xs_dot, y0_dot = tangents
-    moved = lambda y0_dot, ys_dot: mask_unsolved(solution.solved, shift(y0_dot, ys_dot))
+    # Nothing goes on through a step that was not solved.
+    masked = ft.partial(mask_unsolved, solution.solved)
+    moved = lambda y0_dot, ys_dot: masked(shift(y0_dot, ys_dot))
 
     # The steps are evaluated and linearized once, for all that follows.
     drivers_dot = step_map_dot, xs_dot
@@ -112,7 +114,7 @@ def _all_at_once(
     (inhomogeneity, aux_dot), product = jax.linearize(
         ft.partial(push, drivers_dot), moved(y0_dot, jnp.zeros_like(solution.ys))
     )
-    ys_dot = solve(lambda v: product(v)[0], inhomogeneity)
+    ys_dot = solve(lambda v: product(masked(v))[0], inhomogeneity)
     _, along = product(moved(jnp.zeros_like(y0_dot), ys_dot))
     return ys_dot, jax.tree.map(jnp.add, aux_dot, along)
 
@@ -146,6 +148,7 @@ class ParallelGradient(AbstractGradient):
                 # same products for all steps. `product` would make them for each.
                 jacobian = ft.partial(step_jacobian, solution.step_map)
                 jacobians = jax.vmap(jacobian)(solution.xs, solution.starts)
+                jacobians = zero_unless(solution.solved, jacobians)
             else:
                 units = jnp.eye(size, dtype=solution.ys.dtype)[:, None]
                 units = jnp.broadcast_to(units, (size, num_steps, size))

@@ -153,6 +153,16 @@ def test_sequential_measures_nothing_and_needs_no_guess():
     assert not Sequential.uses_guess and Newton.uses_guess
 
 
+def test_sequential_stops_where_a_step_has_no_value():
+    step_map, guess = StepMap(lambda x, y: y / x), jnp.zeros((4, 2))
+    # Afterwards there would be a value again.
+    xs, y0 = jnp.array([2.0, 0.0, jnp.inf, 1.0]), jnp.ones(2)
+    ys, statistics = jax.jit(lambda: Sequential()(step_map, y0, xs, guess)[:2])()
+    assert result_is(statistics.result, "nonfinite")
+    assert statistics.num_solved == 1
+    np.testing.assert_array_equal(ys, np.full((4, 2), 0.5))
+
+
 # ---- Given ----
 
 
