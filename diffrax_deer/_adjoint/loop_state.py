@@ -61,17 +61,13 @@ class Steps(eqx.Module):
 class Ends(eqx.Module):
     """The ends of windows: `SaveAt(steps=...)` saves there.
 
-    - `ts`, `(windows,)`: where the next window begins, just after a jump.
-    - `last`, `(windows,)`: the end of the last step, just before it.
-    - `ys`, `(windows, state)`.
-    - `counts`, `(windows,)`: the number of accepted windows so far.
-    - `kept`, `(windows,)`: whether the window was accepted.
+    - `ts`, `(windows,)`, increasing, and `ys`, `(windows, state)`.
+    - `kept`, `(windows,)`: whether the window belongs to the solution; the others come
+        last, and repeat its end.
     """
 
     ts: Float[Array, " windows"]
-    last: Float[Array, " windows"]
     ys: States
-    counts: Int[Array, " windows"]
     kept: Bool[Array, " windows"]
 
 

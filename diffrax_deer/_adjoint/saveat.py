@@ -120,7 +120,8 @@ def save(
         parts.append((jnp.zeros(1, int), one(*start)))
     saved_ends = None
     if ends is not None and sub.steps != 0:
-        saved_ends = ends[0].kept & (ends[0].counts % sub.steps == 0)
+        counts = 1 + jnp.arange(len(ends[0].ts))
+        saved_ends = ends[0].kept & (counts % sub.steps == 0)
         if final.cut:
             saved_ends = saved_ends & (ends[0].ts <= final.t)
     if times is not None:
@@ -129,7 +130,8 @@ def save(
             found = found & (times.ts <= final.t)
         where = offset + jnp.arange(len(found))
         if ends is not None and saved_ends is not None:
-            where = where + _count_before(ends[0], saved_ends, times.ts)
+            num_ends = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(saved_ends)])
+            where = where + num_ends[jnp.searchsorted(ends[0].ts, times.ts)]
         parts.append(
             (
                 jnp.where(found, where, size),
@@ -141,7 +143,7 @@ def save(
         assert ends is not None
         where = offset + jnp.cumsum(saved_ends) - 1
         if times is not None:
-            before = jnp.searchsorted(times.ts, ends[0].last, side="right")
+            before = jnp.searchsorted(times.ts, ends[0].ts, side="right")
             where = where + jnp.minimum(before.astype(int), num_saved)
         values = jax.vmap(function)(ends[0].ts, ends[1])
         parts.append((jnp.where(saved_ends, where, size), (ends[0].ts, values)))
@@ -154,16 +156,6 @@ def save(
         set_ = lambda b, x, where=where: b.at[where].set(x.astype(b.dtype), mode="drop")
         buffers = jax.tree.map(set_, buffers, values)
     return buffers
-
-
-def _count_before(
-    ends: Ends, saved: Bool[Array, " windows"], ts: Float[Array, " times"]
-) -> Int[Array, " times"]:
-    """How many of the saved ends come before each of `ts`."""
-    last = jax.lax.cummax(jnp.where(ends.kept, ends.last, -jnp.inf))
-    window = jnp.searchsorted(last, ts)
-    before = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(saved)])
-    return before[window]
 
 
 def _saves_end(sub: diffrax.SubSaveAt, final: Final) -> Any:

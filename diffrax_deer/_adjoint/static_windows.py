@@ -102,8 +102,7 @@ def _ends(trajectory: Trajectory, num_steps: int, last: Array, num_done: Array) 
     """The ends of windows of `num_steps` steps, up to the step `last`."""
     index = jnp.arange(len(trajectory.ys) // num_steps)
     at = jnp.minimum((index + 1) * num_steps - 1, last)
-    ts = trajectory.ts[at + 1]
-    return Ends(ts, ts, trajectory.ys[at], index + 1, index < num_done)
+    return Ends(trajectory.ts[at + 1], trajectory.ys[at], index < num_done)
 
 
 def _step_to_state(controller: Any, state: LoopState, num_done: Array) -> Any:
