@@ -41,6 +41,11 @@ from ._method import (
     Sequential as Sequential,
 )
 from ._ode.deer_solver import DEERSolver as DEERSolver
+from ._ode.grids import (
+    AbstractGrid as AbstractGrid,
+    Equidistributed as Equidistributed,
+    Uniform as Uniform,
+)
 from ._ode.rosenbrock_euler import (
     ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
 )

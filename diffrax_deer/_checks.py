@@ -63,6 +63,14 @@ def check_tolerance(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless `value` is a positive, finite float."""
+    if value is None or value == 0:
+        msg = f"`{name}` must be a positive float; got {value!r}."
+        raise ValueError(msg)
+    check_tolerance(name, value)
+
+
 def check_step_map(solver: diffrax.AbstractSolver) -> None:
     """Raises for solvers that are not one-step methods of an ODE."""
     name = type(solver).__name__

@@ -70,7 +70,13 @@ def test_trajectory_on_the_same_times_is_the_guess_as_it_is():
 def test_first_window_has_no_guess():
     solver = DEERSolver(num_steps=3)
     state = solver.init(_TERM, 0.0, 1.0, jnp.asarray(_VDP.y0), None)
-    ys = initial_guess(None, _TERM, solver.grid(0.0, 1.0), _Y0, state)
+    ys = initial_guess(
+        None,
+        _TERM,
+        solver.init(_TERM, 0.0, 1.0, jnp.asarray(_VDP.y0), None).ts,
+        _Y0,
+        state,
+    )
     assert ys.shape == (3, 2)
     assert np.isnan(ys).all()
 

@@ -161,11 +161,11 @@ class _Replay(eqx.Module):
         start = jax.vmap(select, (0, 0, None))(latest >= 0, recorded[latest, -1], y)
         start = jnp.broadcast_to(start[:, None], recorded.shape)
         ys = jax.vmap(select)(kept, recorded, start).reshape(-1, y.size)
-        grids = jax.vmap(windows.solver.grid)(ends[:-1], ends[1:])
-        ts = jnp.concatenate([grids[:, :-1].reshape(-1), ends[-1:]])
-        num_steps = windows.solver.window_steps
+        num_steps, inner = windows.solver.window_steps, windows.inner_step(self.state.y)
+        # A fixed grid looks at nothing but the ends.
+        place, state = windows.solver.places.place, self.state.solver_state
+        ts, _ = place(inner, ends, num_steps, y, state)
         num_solved = jnp.clip(num_made - first, 0, size) * num_steps
-        inner = windows.inner_step(self.state.y)
         trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)

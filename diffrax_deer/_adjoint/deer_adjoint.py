@@ -51,8 +51,9 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
     `sol.stats` has, beside diffrax's numbers of steps (= windows) made, accepted and
     rejected: `method` and `gradient`, which were used; `num_newton_iterations`, all of
     them, `max_newton_iterations`, those of the window with most, and `residual`, the
-    largest of all accepted windows, in the units of y. Windows that are solved together
-    count as one here. `None` where nothing was counted or measured.
+    largest of all accepted windows, in the units of y; `largest_error`, that of any
+    step, in units of the tolerance of the solver's `grid`. Windows that are solved
+    together count as one here. `None` where nothing was counted or measured.
 
     **Raises:** `ValueError` for any other solver than `DEERSolver`.
 
@@ -86,12 +87,7 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
             chosen = Sequential(), SequentialGradient()
             if not windows.solver.makes_single_steps:
                 chosen = windows.choices(state.y)
-            method, gradient = chosen
-            uncounted = dict.fromkeys(
-                ("num_newton_iterations", "max_newton_iterations", "residual")
-            )
-            stats |= {"method": method, "gradient": gradient} | uncounted
-            return final, stats
+            return final, stats | _statistics(None, None, *chosen)
         return _finish(windows, outcome, meter, saveat, init_state)
 
 
@@ -137,6 +133,8 @@ def _can_record(windows: Windows, state: LoopState) -> bool:
     if windows.dense or windows.save_ends:
         return False
     if not has_constant_factors(windows.controller):
+        return False
+    if windows.solver.places.fractions(1) is None:
         return False
     inner, flat = windows.inner_step(state.y), ravel(state.y)[0]
     num_entries = windows.max_steps * windows.solver.window_steps * flat.size
@@ -204,12 +202,22 @@ def _finish(
         result=final.result,
         event_mask=None if windows.event is None else state.event_mask,
     )
-    return final_loop_state, {
-        "method": state.method,
-        "gradient": state.gradient,
-        "num_newton_iterations": state.num_iterations,
-        "max_newton_iterations": state.max_iterations,
-        "residual": state.residual,
+    # Not of the windows before the last one that was found.
+    solver_state = state.solver_state if outcome.steps is not None else None
+    chosen = state.method, state.gradient
+    return final_loop_state, _statistics(state, solver_state, *chosen)
+
+
+def _statistics(state: Any, window: Any, method: Any, gradient: Any) -> dict[str, Any]:
+    """What `sol.stats` has beside diffrax's; `None` where nothing was counted."""
+    errors = getattr(window, "errors", None)
+    return {
+        "method": method,
+        "gradient": gradient,
+        "num_newton_iterations": getattr(state, "num_iterations", None),
+        "max_newton_iterations": getattr(state, "max_iterations", None),
+        "residual": getattr(state, "residual", None),
+        "largest_error": None if errors is None else jnp.max(errors),
     }
 
 

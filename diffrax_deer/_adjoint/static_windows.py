@@ -6,14 +6,11 @@ One grid, one Newton iteration, and everything is differentiable as it stands.
 from typing import Any
 
 import diffrax
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._ode.grid_solve import Trajectory, solve_grid
-from .._ode.window_state import window_state
+from .._ode.grid_solve import Trajectory
 from .._prefix import count_leading_true, select
-from .._ravel import ravel
 from .loop_state import (
     Ends,
     LoopState,
@@ -25,23 +22,16 @@ from .loop_state import (
 from .saveat import interpolate
 
 
-def _solve(
-    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
-) -> Trajectory:
-    solver, terms = windows.solver, windows.terms
-    grids = jax.vmap(solver.grid)(window_ends[:-1], window_ends[1:])
-    ts = jnp.concatenate([grids[:, :-1].reshape(-1), window_ends[-1:]])
-    guess = solver.initial_guess(terms, ts, state.y, state.solver_state)
-    inner, (flat, _) = windows.inner_step(state.y), ravel(state.y)
-    return solve_grid(inner, ts, flat, guess, solver.method, solver.gradient)
-
-
 def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
     num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
-    trajectory = _solve(windows, state, window_ends)
+    is_single = windows.solver.makes_single_steps
+    inner = windows.inner_step(state.y)
+    trajectory, solver_state = windows.solver.solve_windows(
+        inner, window_ends, state.y, state.solver_state
+    )
     ts = trajectory.ts
     num_succeeded = count_leading_true(trajectory.succeeded)
     num_solved = jnp.minimum(trajectory.statistics.num_solved, num_succeeded)
@@ -67,7 +57,8 @@ def static_windows(
         t_next=ts[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),
-        solver_state=_solver_state(windows, state, trajectory),
+        # Single steps begin with what any other solve begins with.
+        solver_state=state.solver_state if is_single else solver_state,
         controller_state=_step_to_state(windows.controller, state, num_done),
         result=diffrax.RESULTS.where(started, result, state.result),
         num_steps=num_done,
@@ -89,13 +80,6 @@ def static_windows(
     if len(ts) > 0:
         ys = interpolate(trajectory.inner, steps, trajectory.dense_infos, ts, index)
     return Outcome(new, ys, found, steps, steps[last][None], ends)
-
-
-def _solver_state(windows: Windows, state: LoopState, trajectory: Trajectory) -> Any:
-    """A guess for the next solve; of single steps what any other solve begins with."""
-    if windows.solver.makes_single_steps:
-        return state.solver_state
-    return window_state(trajectory)
 
 
 def _ends(trajectory: Trajectory, num_steps: int, last: Array, num_done: Array) -> Ends:

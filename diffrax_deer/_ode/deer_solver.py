@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import (
@@ -29,15 +27,17 @@ from .._gradient import AbstractGradient, SequentialGradient
 from .._method import AbstractMethod, Sequential
 from .._ravel import promoted, ravel, rounding
 from .._statistics import Statistics
-from .dense_output import WindowInterpolations
-from .grid_solve import default_method, plan, solve_grid
-from .quadrature import partition
+from .dense_output import WindowInterpolations, windows_of_one_step
+from .grid_solve import Trajectory, default_method, plan, solve_grid
+from .grids import AbstractGrid, Uniform
+from .quadrature import left_out, partition
 from .single_step import Memory, first_memory, single_step
 from .solver_step import SolverStep, prepare
 from .window_state import (
     WindowState,
     check_window_state,
     initial_guess,
+    no_window,
     window_state,
 )
 
@@ -45,7 +45,7 @@ from .window_state import (
 class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     r"""Solves `num_steps` steps of a diffrax solver at once, by Newton's method.
 
-    One step of `DEERSolver`, from `t0` to `t1`, is a *window*: a uniform grid of
+    One step of `DEERSolver`, from `t0` to `t1`, is a *window*: a grid of
     `num_steps` steps of `solver`, found together by an iteration whose only sequential
     part is a parallel prefix scan. The result is the sequential result of `solver` on
     that grid, to rounding, and so is its gradient.
@@ -76,6 +76,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         `ParallelGradient()` where D² times the batch is at most 128, else
         `SequentialGradient()`; elsewhere `ParallelGradient()`, unless the Jacobians fit
         into no memory. Value and gradient are the same, to rounding, for all of these.
+    - `grid`: where the steps of a window lie, `Uniform()`, which is what `None` means,
+        or `Equidistributed(rtol, atol)`: where the error is. It needs `num_steps`.
     - `guess`: a `diffrax.AbstractPath` close to the solution, a previous `Solution`
         with `SaveAt(dense=True)` for example. Before its beginning and beyond its end
         it is taken as constant. `None` means the trajectory in `solver_state` where
@@ -102,6 +104,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     method: AbstractMethod | None = None
     gradient: AbstractGradient | None = None
     guess: diffrax.AbstractPath | None = None
+    grid: AbstractGrid | None = None
 
     def __check_init__(self):
         if self.num_steps is not None:
@@ -113,6 +116,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         )
         example = "a `Solution` saved with `SaveAt(dense=True)`"
         check_optional("guess", self.guess, diffrax.AbstractPath, example)
+        check_optional("grid", self.grid, AbstractGrid, "Uniform()")
+        if self.grid is not None and self.num_steps is None:
+            msg = "`grid` needs a number of steps, `num_steps=100` for example."
+            raise ValueError(msg)
         if isinstance(self.solver, DEERSolver):
             msg = "`solver` is a `DEERSolver` itself; pass its inner solver."
             raise ValueError(msg)
@@ -165,9 +172,11 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The vector field."""
         return self.solver.func(terms, t0, y0, args)
 
-    def grid(self, t0: RealScalarLike, t1: RealScalarLike) -> Float[Array, " times"]:
-        """The times of the steps of the window from `t0` to `t1`."""
-        return jnp.linspace(t0, t1, self.window_steps + 1)
+    @property
+    def places(self) -> AbstractGrid:
+        """Where the steps of a window lie."""
+        is_free = self.grid is not None and self.window_steps > 1
+        return self.grid if is_free else Uniform()  # pyright: ignore
 
     def init(
         self,
@@ -183,9 +192,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         flat, _ = ravel(y0)
         if self.makes_single_steps:
             return first_memory(self.inner_step(terms, y0, args), t0, t1, flat)
-        ts = jnp.full_like(self.grid(t0, t1), t0)
-        ys = jnp.broadcast_to(flat, (len(ts), flat.size))
-        return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int)))
+        return no_window(t0, flat, self.window_steps, self.places.measures_errors)
 
     def inner_step(
         self, terms: PyTree[diffrax.AbstractTerm], y0: Y, args: Args
@@ -208,8 +215,10 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """
         y0 = promoted(y0, t0)
         (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
-        found = plan(inner, self.grid(t0, t0), flat, self.method, self.gradient)
-        method = found.method.resolve(found.step_map, found.state, self.window_steps)
+        num_steps = self.window_steps
+        ts = jnp.full(num_steps + 1, t0)
+        found = plan(inner, ts, flat, self.method, self.gradient)
+        method = found.method.resolve(found.step_map, found.state, num_steps)
         return method, found.gradient
 
     def quadratures(
@@ -229,27 +238,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         Arguments of `init`. **Returns:** a pytree as `y0`, of booleans.
         """
         y0 = promoted(y0, t0, t1)
-        parts = partition(self.inner_step(terms, y0, args), (t0, t1), ravel(y0)[0])
-        if parts is None:
-            return jax.tree.map(lambda _: False, y0)
-        is_none = lambda x: x is None
-        found = lambda y, zero: jax.tree.map(lambda _: zero is not None, y)
-        return jax.tree.map(found, y0, parts.zeros, is_leaf=is_none)
-
-    def initial_guess(
-        self,
-        terms: PyTree[diffrax.AbstractTerm],
-        ts: Float[Array, " times"],
-        y0: Y,
-        solver_state: WindowState,
-    ) -> States:
-        """A guess of the states at `ts[1:]`; zeros if the method needs none."""
-        (flat, _), num_steps, method = ravel(y0), len(ts) - 1, self.method
-        if method is None:
-            method = default_method(num_steps, flat.size)
-        if not method.uses_guess:
-            return jnp.zeros((num_steps, flat.size), flat.dtype)
-        return initial_guess(self.guess, terms, ts, y0, solver_state)
+        inner, x = self.inner_step(terms, y0, args), (t0, t1)
+        return left_out(partition(inner, x, ravel(y0)[0]), y0)
 
     def states(self, solver_state: WindowState | Memory, y1: Y) -> States:
         """The states of the window that has led to these, `(time, state)`."""
@@ -259,10 +249,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
 
     def dense_infos(self, ends: tuple[Array, Array], infos: DenseInfo) -> DenseInfo:
         """The dense information of windows of one step, between `ends`."""
-        if self.makes_single_steps:
-            return infos
-        infos = jax.tree.map(lambda x: x[:, None], infos)
-        return {"ts": jnp.stack(ends, axis=1), "infos": infos}
+        return infos if self.makes_single_steps else windows_of_one_step(ends, infos)
 
     def step(
         self,
@@ -282,19 +269,33 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The same as `step`, and the `Statistics`."""
         inner, (flat, unravel) = self.inner_step(terms, y0, args), ravel(y0)
         optional = lambda error: None if error is None else unravel(error)
-        single = self.makes_single_steps
-        check_window_state(solver_state, None if single else self.window_steps)
-        if single:
+        num_steps = None if self.makes_single_steps else self.window_steps
+        check_window_state(solver_state, num_steps, self.places.measures_errors)
+        if num_steps is None:
             step, memory = single_step(inner, (t0, t1), flat, solver_state, made_jump)
             y1, error = unravel(step.y1), optional(step.error)
             assert step.result is not None
             count, chosen = jnp.array(0, int), (Sequential(), SequentialGradient())
             statistics = Statistics(count, None, count, step.result, *chosen)
             return y1, error, step.dense_info, memory, step.result, statistics
-        ts = self.grid(t0, t1)
-        guess = self.initial_guess(terms, ts, y0, solver_state)
-        trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
+        ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
+        trajectory, state = self.solve_windows(inner, ends, y0, solver_state)
         y1, error = unravel(trajectory.ys[-1]), optional(trajectory.largest_error())
-        dense_info = {"ts": ts, "infos": trajectory.dense_infos}
-        state, result = window_state(trajectory), trajectory.result()
+        dense_info = {"ts": trajectory.ts, "infos": trajectory.dense_infos}
+        result = trajectory.result()
         return y1, error, dense_info, state, result, trajectory.statistics
+
+    def solve_windows(
+        self, inner: SolverStep, ends: Float[Array, " ends"], y0: Y, state: WindowState
+    ) -> tuple[Trajectory, WindowState]:
+        """Solves the windows between `ends` together; `state` is that of the solver."""
+        grid, (flat, _), method = self.places, ravel(y0), self.method
+        ts, state = grid.place(inner, ends, self.window_steps, flat, state)
+        if method is None:
+            method = default_method(len(ts) - 1, flat.size)
+        guess = jnp.zeros((len(ts) - 1, flat.size), flat.dtype)
+        if method.uses_guess:
+            guess = initial_guess(self.guess, inner.terms, ts, y0, state)
+        trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
+        errors = grid.scaled_errors(trajectory) if grid.measures_errors else None
+        return trajectory, window_state(trajectory, errors)

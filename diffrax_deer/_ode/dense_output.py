@@ -60,3 +60,9 @@ class WindowInterpolations(eqx.Module):
     ) -> WindowInterpolation:
         """The arguments are the entries of the dense information of one window."""
         return WindowInterpolation(t0, t1, ts, infos, self.interpolation_cls)
+
+
+def windows_of_one_step(ends: tuple[Array, Array], infos: DenseInfo) -> DenseInfo:
+    """The dense information of such windows, from that of each step between `ends`."""
+    infos = jax.tree.map(lambda x: x[:, None], infos)
+    return {"ts": jnp.stack(ends, axis=1), "infos": infos}

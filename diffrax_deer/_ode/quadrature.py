@@ -198,3 +198,11 @@ def partition(inner: SolverStep, x: Times, y: State) -> Partition | None:
     )
     unravel: Unravel = ravel(z)[1]
     return Partition(inner, SolverStep(inner.solver, terms, inner.args, unravel), zeros)
+
+
+def left_out(parts: Partition | None, y: Y) -> PyTree[bool]:
+    """Which leaves of `y` are quadratures."""
+    if parts is None:
+        return jax.tree.map(lambda _: False, y)
+    found = lambda y, zero: jax.tree.map(lambda _: zero is not None, y)
+    return jax.tree.map(found, y, parts.zeros, is_leaf=lambda x: x is None)

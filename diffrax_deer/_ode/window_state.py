@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_guess
-from .._custom_types import States, Y
+from .._custom_types import RealScalarLike, State, States, Y
 from .._diffrax_conventions import direction
 from .._ravel import ravel, widest
 from .grid_solve import Trajectory
@@ -28,18 +28,36 @@ class WindowState(eqx.Module):
     - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
         in the solver's own (increasing) time and ravelled state.
     - `num_iterations`: the Newton iterations of the last window.
+    - `errors`, `(time,)`: those of its steps, in units of the tolerance of the solver's
+        `grid`; infinite if it failed. `None` for a grid that does not ask.
     """
 
     ts: Float[Array, " times"]
     ys: Float[Array, "times state"]
     num_iterations: Int[Array, ""]
+    errors: Float[Array, " time"] | None = None
 
 
-def check_window_state(state: Any, num_steps: int | None) -> None:
+def no_window(
+    t0: RealScalarLike, y0: State, num_steps: int, measures_errors: bool
+) -> WindowState:
+    """Before the first window: a trajectory that stays at `t0`."""
+    ts, ys = jnp.full(num_steps + 1, t0), jnp.broadcast_to(y0, (num_steps + 1, y0.size))
+    errors = jnp.zeros(num_steps, y0.dtype) if measures_errors else None
+    return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int), errors))
+
+
+def check_window_state(state: Any, num_steps: int | None, has_errors: bool) -> None:
     """Raises unless the state of the solver is one window of `num_steps` steps.
 
     `None`: unless it is what a single step hands on to the next.
     """
+    if isinstance(state, WindowState) and has_errors != (state.errors is not None):
+        msg = (
+            "`solver_state` has to come from a solve with the same `grid`: the errors "
+            "of its steps are " + ("missing." if has_errors else "not asked for.")
+        )
+        raise ValueError(msg)
     held = len(state.ts) - 1 if isinstance(state, WindowState) else None
     if held != num_steps:
         name = lambda count: "a single step" if count is None else f"{count} steps"
@@ -86,14 +104,30 @@ def initial_guess(
     return jax.vmap(evaluate)(times)
 
 
-def window_state(trajectory: Trajectory) -> WindowState:
-    """What the next solve may take its guess from; carries no derivative."""
+def window_state(
+    trajectory: Trajectory, errors: Float[Array, " time"] | None
+) -> WindowState:
+    """What the next solve may take guess and grid from; carries no derivative."""
     state = WindowState(
         trajectory.ts,
         jnp.concatenate([trajectory.y0[None], trajectory.ys]),
         trajectory.statistics.num_iterations,
+        errors,
     )
     return lax.stop_gradient(state)
+
+
+def interpolate(
+    old: Float[Array, " known"], values: Float[Array, "known ..."], new: Array
+) -> Float[Array, "time ..."]:
+    """`values` at the increasing places `old`, at those of `new`; constant beyond."""
+    # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
+    right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
+    length = old[right] - old[right - 1]
+    part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
+    part = jnp.expand_dims(jnp.clip(part, 0, 1), range(1, values.ndim))
+    left = values[right - 1]
+    return left + part.astype(values.dtype) * (values[right] - left)
 
 
 def _interpolated(
@@ -102,12 +136,7 @@ def _interpolated(
     new: Float[Array, " time"],
 ) -> Float[Array, "time state"]:
     """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
-    # Not `jnp.interp`, which makes a NaN and trips `jax_debug_nans`.
-    right = jnp.clip(jnp.searchsorted(old, new), 1, len(old) - 1)
-    length = old[right] - old[right - 1]
-    part = (new - old[right - 1]) / jnp.where(length == 0, 1, length)
     # Half a step beyond the end is as good as at the end: `t1` may be trained.
-    known = (part >= -0.5) & (part <= 1.5) & (length > 0)
-    part = jnp.clip(part, 0, 1)[:, None]
-    ys = ys[right - 1] + part * (ys[right] - ys[right - 1])
-    return jnp.where(known[:, None], ys, jnp.nan)
+    first, last = old[0] - (old[1] - old[0]) / 2, old[-1] + (old[-1] - old[-2]) / 2
+    known = (new >= first) & (new <= last) & (old[0] < old[-1])
+    return jnp.where(known[:, None], interpolate(old, ys, new), jnp.nan)
