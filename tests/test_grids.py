@@ -237,7 +237,8 @@ def test_window_reports_the_largest_error_on_its_final_grid(dtype):
     t0, t1, y0, params = (jnp.asarray(x, dtype) for x in (3.0, 9.0, _Y0, _PARAMS))
     state = solver.init(term, t0, t1, y0, params)
     step = eqx.filter_jit(solver.step)
-    y1, error, _, state, result = step(term, t0, t1, y0, params, state, False)
+    found: Any = step(term, t0, t1, y0, params, state, False)
+    y1, error, _, state, result = found
     assert result == diffrax.RESULTS.successful
     assert y1.dtype == error.dtype == state.ts.dtype == state.errors.dtype == dtype
     y, errors, dopri5 = y0, [], _DOPRI5
@@ -265,8 +266,8 @@ def test_controller_chooses_windows_backwards_in_time_too():
 
 def test_windows_that_are_known_have_a_grid_each(cold):
     ends = jnp.array([0.0, 20.0, 55.0, _T1])
-    more = {"stepsize_controller": diffrax.StepTo(ts=ends)}
-    sol = _solve(_solver(num_steps=48), **more)
+    known = diffrax.StepTo(ts=ends)
+    sol = _solve(_solver(num_steps=48), stepsize_controller=known)
     np.testing.assert_array_equal(sol.solver_state.ts[::48], ends)
     assert sol.stats["largest_error"] < 1
     np.testing.assert_allclose(sol.ys, _exact(), atol=0.1)

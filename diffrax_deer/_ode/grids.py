@@ -177,11 +177,15 @@ class Equidistributed(AbstractGrid):
         total = (len(ends) - 1) * num_steps
 
         def place(ends, y0, state):
-            warm = lambda: (state.ts, state.ys, _weights(state.errors, order))
-            cold = lambda: self._search(inner, ends, y0, total, order)
-            nodes = lambda found: spread(*found, ends, num_steps)
-            is_warm = eqxi.unvmap_all(_is_near(state, ends))
-            return lax.cond(is_warm, lambda: nodes(warm()), lambda: nodes(cold()))
+            def warm():
+                weights = _weights(state.errors, order)
+                return spread(state.ts, state.ys, weights, ends, num_steps)
+
+            def cold():
+                ts, ys, weights = self._search(inner, ends, y0, total, order)
+                return spread(ts, ys, weights, ends, num_steps)
+
+            return lax.cond(eqxi.unvmap_all(_is_near(state, ends)), warm, cold)
 
         # All it closes over is made an argument, to have no derivative.
         place = eqx.filter_closure_convert(place, ends, y0, state)
