@@ -63,6 +63,18 @@ def check_tolerance(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_throw(throw: bool) -> None:
+    """Raises where an error at run time would be one of several devices."""
+    if throw:
+        msg = (
+            "`throw=True` with a `ShardedScan`: a device that raises an error at run "
+            "time leaves the others waiting for ever. Pass `throw=False` and "
+            "`return_statistics=True`, and outside of the compiled program raise an "
+            "error if `statistics.result != optimistix.RESULTS.successful`."
+        )
+        raise ValueError(msg)
+
+
 def check_step_map(solver: diffrax.AbstractSolver) -> None:
     """Raises for solvers that are not one-step methods of an ODE."""
     name = type(solver).__name__

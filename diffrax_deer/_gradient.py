@@ -251,13 +251,19 @@ class GradientByBatch(AbstractGradient):
 
 
 def default_gradient(
-    arguments: PyTree[Any], state_size: int, num_steps: int, max_entries: int
+    arguments: PyTree[Any],
+    state_size: int,
+    num_steps: int,
+    max_entries: int,
+    sharded_scan: AbstractScan | None,
 ) -> AbstractGradient:
     """What `gradient=None` means for a solve that depends on `arguments`.
 
     `max_entries` are those of the Jacobians of one step of the whole batch up to which
-    the gradient is parallel on a CPU.
+    the gradient is parallel on a CPU. `sharded_scan` is that of the method.
     """
+    if sharded_scan is not None:
+        return ParallelGradient(sharded_scan)
     num_entries = state_size**2
     if prefers_sequential_steps():
         if num_entries > max_entries:

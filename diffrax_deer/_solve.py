@@ -30,7 +30,7 @@ from ._checks import explained
 from ._custom_types import State, States
 from ._gradient import AbstractGradient, Solution, mask_unsolved
 from ._method import AbstractMethod
-from ._prefix import count_leading_true, hold_last, select, shift
+from ._prefix import at, count_leading_true, hold_last, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
 
@@ -52,7 +52,7 @@ def evaluation_points(
 
     def filled():
         solved, last = jnp.arange(len(ys)) < num_solved, jnp.maximum(num_solved - 1, 0)
-        stand_in = lax.stop_gradient(jax.tree.map(lambda x: x[last], points))
+        stand_in = lax.stop_gradient(jax.tree.map(lambda x: at(x, last), points))
         if placeholder_x is not None:
             none = placeholder_x, lax.stop_gradient(y0)
             stand_in = select(num_solved == 0, none, stand_in)

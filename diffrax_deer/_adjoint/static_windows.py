@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .._ode.grid_solve import Trajectory, solve_grid
 from .._ode.window_state import window_state
-from .._prefix import count_leading_true, select
+from .._prefix import at, count_leading_true, select
 from .._ravel import ravel
 from .loop_state import (
     Ends,
@@ -59,11 +59,11 @@ def static_windows(
         result = event_result(happened, result)
     started = windows.running(state)
     steps = steps_of(trajectory, started & (jnp.arange(len(ts) - 1) <= last))
-    flat = jnp.where(started, trajectory.ys[last], trajectory.y0)
+    flat = jnp.where(started, at(trajectory.ys, last), trajectory.y0)
     statistics = trajectory.statistics
     num_done = jnp.where(started, num_done, 0)
     new = LoopState(
-        t_prev=jnp.where(started, ts[last + 1], state.t_prev),
+        t_prev=jnp.where(started, at(ts[1:], last), state.t_prev),
         t_next=ts[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),

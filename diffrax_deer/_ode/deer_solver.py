@@ -184,8 +184,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         if self.makes_single_steps:
             return first_memory(self.inner_step(terms, y0, args), t0, t1, flat)
         ts = jnp.full_like(self.grid(t0, t1), t0)
-        ys = jnp.broadcast_to(flat, (len(ts), flat.size))
-        return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int)))
+        ys = jnp.broadcast_to(flat, (self.window_steps, flat.size))
+        return lax.stop_gradient(WindowState(ts, flat, ys, jnp.array(0, int)))
 
     def inner_step(
         self, terms: PyTree[diffrax.AbstractTerm], y0: Y, args: Args
@@ -244,18 +244,18 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         solver_state: WindowState,
     ) -> States:
         """A guess of the states at `ts[1:]`; zeros if the method needs none."""
-        (flat, _), num_steps, method = ravel(y0), len(ts) - 1, self.method
-        if method is None:
-            method = default_method(num_steps, flat.size)
+        (flat, _), num_steps = ravel(y0), len(ts) - 1
+        method = self.method or default_method(num_steps, flat.size)
         if not method.uses_guess:
             return jnp.zeros((num_steps, flat.size), flat.dtype)
-        return initial_guess(self.guess, terms, ts, y0, solver_state)
+        local = method.sharded_scan is None
+        return initial_guess(self.guess, terms, ts, y0, solver_state, local)
 
     def states(self, solver_state: WindowState | Memory, y1: Y) -> States:
         """The states of the window that has led to these, `(time, state)`."""
         if self.makes_single_steps:
             return ravel(y1)[0][None]
-        return solver_state.ys[1:]
+        return solver_state.ys
 
     def dense_infos(self, ends: tuple[Array, Array], infos: DenseInfo) -> DenseInfo:
         """The dense information of windows of one step, between `ends`."""

@@ -107,7 +107,11 @@ def plan(
         method = default_method(num_steps, state.size)
     if gradient is None:
         gradient = default_gradient(
-            arguments, state.size, num_steps, MAX_PARALLEL_ENTRIES
+            arguments,
+            state.size,
+            num_steps,
+            MAX_PARALLEL_ENTRIES,
+            method.sharded_scan,
         )
     return Plan(parts, step_map, state, method, gradient)
 

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_guess
-from .._custom_types import States, Y
+from .._custom_types import State, States, Y
 from .._diffrax_conventions import direction
 from .._ravel import ravel, widest
 from .grid_solve import Trajectory
@@ -25,13 +25,15 @@ class WindowState(eqx.Module):
     to start the next training step warm. Beyond its end it is constant. (A solver whose
     windows are single steps needs no guess, and carries what its inner solver does.)
 
-    - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
-        in the solver's own (increasing) time and ravelled state.
+    - `ts`, `(times,)`, `y0`, `(state,)`, and `ys`, `(time, state)`: the last window's
+        trajectory, in the solver's own (increasing) time and ravelled state; the
+        initial one apart, so that the others lie on several devices in equal parts.
     - `num_iterations`: the Newton iterations of the last window.
     """
 
     ts: Float[Array, " times"]
-    ys: Float[Array, "times state"]
+    y0: State
+    ys: States
     num_iterations: Int[Array, ""]
 
 
@@ -59,21 +61,26 @@ def initial_guess(
     ts: Float[Array, " times"],
     y0: Y,
     state: WindowState,
+    is_local: bool = True,
 ) -> States:
     """The states at `ts[1:]`, of `path` if there is one, else of `state`.
 
-    NaN from the first time on at which nothing is known.
+    NaN from the first time on at which nothing is known. Unless the states `is_local`,
+    on one device, those at other times are not looked up.
     """
     flat, _ = ravel(y0)
     if path is None:
         dtype = widest(ts.dtype, state.ys.dtype)
         old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
-        interpolate = lambda: _interpolated(old, ys, new)
+        first = state.y0.astype(dtype)[None]
+        interpolate = lambda: _interpolated(old, jnp.concatenate([first, ys]), new)
+        if not is_local:
+            interpolate = lambda: jnp.full((len(new), flat.size), jnp.nan, dtype)
         if old.shape != ts.shape:
             return interpolate().astype(flat.dtype)
         # The usual warm start, and nothing to look up.
         same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
-        return lax.cond(same, lambda: ys[1:], interpolate).astype(flat.dtype)
+        return lax.cond(same, lambda: ys, interpolate).astype(flat.dtype)
     # The path is in the user's time, which runs backwards where this one does not.
     times = ts[1:] * direction(terms)
     # A path without an end has `None` there, whatever its type says.
@@ -90,7 +97,8 @@ def window_state(trajectory: Trajectory) -> WindowState:
     """What the next solve may take its guess from; carries no derivative."""
     state = WindowState(
         trajectory.ts,
-        jnp.concatenate([trajectory.y0[None], trajectory.ys]),
+        trajectory.y0,
+        trajectory.ys,
         trajectory.statistics.num_iterations,
     )
     return lax.stop_gradient(state)
