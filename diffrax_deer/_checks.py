@@ -63,14 +63,14 @@ def check_tolerance(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
-def check_throw(throw: bool) -> None:
+def check_throw(throw: bool, several_devices: bool) -> None:
     """Raises where an error at run time would be one of several devices."""
-    if throw:
+    if throw and several_devices:
         msg = (
-            "`throw=True` with a `ShardedScan`: a device that raises an error at run "
-            "time leaves the others waiting for ever. Pass `throw=False` and "
-            "`return_statistics=True`, and outside of the compiled program raise an "
-            "error if `statistics.result != optimistix.RESULTS.successful`."
+            "`throw=True` with a `ShardedScan`, or inside of `jax.shard_map`: a device "
+            "that raises an error at run time leaves the others waiting for ever. Pass "
+            "`throw=False` and `return_statistics=True`, and outside of the compiled "
+            "program see if `statistics.result == optimistix.RESULTS.successful`."
         )
         raise ValueError(msg)
 

@@ -24,6 +24,7 @@ from ._linearization import AbstractLinearization, DiagonalJacobian
 from ._matrix_free import matrix_free_recurrence
 from ._prefix import shift
 from ._step_map import StepMap, split_by_tangent, step_jacobian
+from ._varying import uniform
 
 
 class Solution(eqx.Module):
@@ -152,6 +153,7 @@ class ParallelGradient(AbstractGradient):
             else:
                 units = jnp.eye(size, dtype=solution.ys.dtype)[:, None]
                 units = jnp.broadcast_to(units, (size, num_steps, size))
+                units = uniform(units, solution.ys)
                 jacobians = Dense(jnp.moveaxis(jax.vmap(product)(units), 0, -1))
             return affine_recurrence(jacobians, inhomogeneity, scan=self.scan)
 

@@ -36,6 +36,7 @@ from ._linalg.transitions import are_finite, zero_unless
 from ._prefix import at, count_leading_true, hold_last, max_norm, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
+from ._varying import uniform
 
 
 class _Window(eqx.Module):
@@ -248,7 +249,7 @@ class NewtonIteration(eqx.Module):
         state = lax.while_loop(
             lambda state: ~state.done,
             lambda state: self._slide(state),
-            _Progress(steps, zero, jnp.zeros((), guess.dtype), no, no),
+            uniform(_Progress(steps, zero, jnp.zeros((), guess.dtype), no, no), guess),
         )
         steps, lost = state.steps, state.lost
         solved = (steps.num_final == num_steps) & ~lost

@@ -33,6 +33,7 @@ from ._method import AbstractMethod
 from ._prefix import at, count_leading_true, hold_last, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
+from ._varying import uniform
 
 
 def evaluation_points(
@@ -135,6 +136,7 @@ def solve(
         successful = optx.RESULTS.successful
         statistics = Statistics(zero, None, num_solved, successful, method, gradient)
         return guess, statistics, jax.vmap(step_map.evaluate)(*points)[1]
+    y0, xs, guess, placeholder_x = uniform((y0, xs, guess, placeholder_x))
     return _solve(
         step_map.closed(jax.tree.map(lambda x: x[0], xs), y0),
         y0,

@@ -18,6 +18,7 @@ from .._ode.deer_solver import DEERSolver
 from .._ode.solver_step import SolverStep
 from .._prefix import select
 from .._ravel import ravel
+from .._varying import uniform
 from .adaptive_windows import adaptive_windows
 from .events import EventSearch
 from .loop_state import LoopState, Outcome, Windows, as_arrays
@@ -64,6 +65,7 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
 
     def loop(self, **kwargs: Any) -> Any:
         """Called by `diffrax.diffeqsolve`, with the arguments of `AbstractAdjoint`."""
+        kwargs = uniform(kwargs)
         _check_solver(kwargs["solver"])
         init_state, saveat = kwargs["init_state"], kwargs["saveat"]
         windows = _windows(kwargs)

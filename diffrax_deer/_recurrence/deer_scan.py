@@ -27,6 +27,7 @@ from .._ravel import ravel, rounding
 from .._solve import solve
 from .._statistics import Statistics, raise_if_failed
 from .._step_map import StepMap
+from .._varying import varies
 
 _FAILURES = [
     "`deer_scan`: a carry became infinite or NaN. `throw=False` returns NaN from the "
@@ -265,8 +266,8 @@ def deer_scan(
     """
     check_optional("method", method, AbstractMethod, "Newton()")
     check_optional("gradient", gradient, AbstractGradient, "ParallelGradient()")
-    if method is not None and method.sharded_scan is not None:
-        check_throw(throw)
+    is_sharded = method is not None and method.sharded_scan is not None
+    check_throw(throw, is_sharded or varies((init, xs)))
     # It checks the arguments, and knows how the types of `init` are promoted.
     plain = ft.partial(lax.scan, f, length=length, reverse=reverse)
     carry_shape, _ = jax.eval_shape(plain, init, xs)
