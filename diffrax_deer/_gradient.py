@@ -257,7 +257,7 @@ def default_gradient(
     state_size: int,
     num_steps: int,
     max_entries: int,
-    sharded_scan: AbstractScan | None,
+    sharded_scan: AbstractScan | None = None,
 ) -> AbstractGradient:
     """What `gradient=None` means for a solve that depends on `arguments`.
 
