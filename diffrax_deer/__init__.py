@@ -13,6 +13,7 @@ from ._affine_scan import (
     SequentialScan as SequentialScan,
     affine_recurrence as affine_recurrence,
 )
+from ._distributed.sharded_scan import ShardedScan as ShardedScan
 from ._gradient import (
     AbstractGradient as AbstractGradient,
     MatrixFreeGradient as MatrixFreeGradient,

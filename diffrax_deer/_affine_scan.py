@@ -21,6 +21,7 @@ from ._custom_types import State, States
 from ._defaults import prefers_sequential_scan
 from ._linalg.transitions import AbstractTransition, multiply
 from ._prefix import shift
+from ._time_axis import TimeAxis
 
 
 class AbstractScan(eqx.Module):
@@ -44,6 +45,11 @@ class AbstractScan(eqx.Module):
 
         `y`, `(time, state)`. It need not be differentiable: `affine_recurrence` is.
         """
+
+    @property
+    def time_axis(self) -> TimeAxis:
+        """Where the steps lie, for what is done with them beside the scan."""
+        return TimeAxis()
 
 
 class SequentialScan(AbstractScan):
@@ -86,19 +92,21 @@ class AssociativeScan(AbstractScan):
         if reverse:
             # Behind the last transition there is none: any finite one is as good.
             a = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), a)
-        compose = jax.vmap(_compose)
-        _, ys = lax.associative_scan(compose, (a, b), reverse=reverse)
+        _, ys = lax.associative_scan(jax.vmap(compose), (a, b), reverse=reverse)
         return ys
 
 
-def _compose(
+def apply(a: AbstractTransition, y: State) -> State:
+    """The product of what may have overflowed where there is nothing to multiply."""
+    return a.clear_columns(y == 0).matvec(y)
+
+
+def compose(
     first: tuple[AbstractTransition, State], then: tuple[AbstractTransition, State]
 ) -> tuple[AbstractTransition, State]:
     """The affine map `first`, followed by `then`."""
     (a_first, b_first), (a_then, b_then) = first, then
-    # The product of many transitions may overflow where there is nothing to multiply.
-    applied = a_then.clear_columns(b_first == 0).matvec(b_first)
-    return a_then.matmul(a_first), applied + b_then
+    return a_then.matmul(a_first), apply(a_then, b_first) + b_then
 
 
 def default_scan() -> AbstractScan:

@@ -78,6 +78,18 @@ def check_number_of_steps(grid: Any, num_steps: int | None) -> None:
         raise ValueError(msg)
 
 
+def check_throw(throw: bool, several_devices: bool) -> None:
+    """Raises where an error at run time would be one of several devices."""
+    if throw and several_devices:
+        msg = (
+            "`throw=True` with a `ShardedScan`, or inside of `jax.shard_map`: a device "
+            "that raises an error at run time leaves the others waiting for ever. Pass "
+            "`throw=False` and `return_statistics=True`, and outside of the compiled "
+            "program see if `statistics.result == optimistix.RESULTS.successful`."
+        )
+        raise ValueError(msg)
+
+
 def check_step_map(solver: diffrax.AbstractSolver) -> None:
     """Raises for solvers that are not one-step methods of an ODE."""
     name = type(solver).__name__

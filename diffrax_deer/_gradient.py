@@ -24,6 +24,7 @@ from ._linearization import AbstractLinearization, DiagonalJacobian
 from ._matrix_free import matrix_free_recurrence
 from ._prefix import shift
 from ._step_map import StepMap, split_by_tangent, step_jacobian
+from ._varying import uniform
 
 
 class Solution(eqx.Module):
@@ -152,6 +153,7 @@ class ParallelGradient(AbstractGradient):
             else:
                 units = jnp.eye(size, dtype=solution.ys.dtype)[:, None]
                 units = jnp.broadcast_to(units, (size, num_steps, size))
+                units = uniform(units, solution.ys)
                 jacobians = Dense(jnp.moveaxis(jax.vmap(product)(units), 0, -1))
             return affine_recurrence(jacobians, inhomogeneity, scan=self.scan)
 
@@ -251,13 +253,19 @@ class GradientByBatch(AbstractGradient):
 
 
 def default_gradient(
-    arguments: PyTree[Any], state_size: int, num_steps: int, max_entries: int
+    arguments: PyTree[Any],
+    state_size: int,
+    num_steps: int,
+    max_entries: int,
+    sharded_scan: AbstractScan | None = None,
 ) -> AbstractGradient:
     """What `gradient=None` means for a solve that depends on `arguments`.
 
     `max_entries` are those of the Jacobians of one step of the whole batch up to which
-    the gradient is parallel on a CPU.
+    the gradient is parallel on a CPU. `sharded_scan` is that of the method.
     """
+    if sharded_scan is not None:
+        return ParallelGradient(sharded_scan)
     num_entries = state_size**2
     if prefers_sequential_steps():
         if num_entries > max_entries:

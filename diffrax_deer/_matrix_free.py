@@ -39,6 +39,7 @@ from ._custom_types import States
 from ._defaults import tolerance
 from ._linalg.transitions import AbstractTransition, are_finite, zero_unless
 from ._prefix import count_leading_true, max_norm, shift
+from ._varying import uniform
 
 
 def _tolerance(v: States, b: States, rtol: float) -> Float[Array, " time"]:
@@ -96,7 +97,7 @@ def sweeps(
         return new, num_final, strict | reopen, done | lost, num_sweeps + 1
 
     zero, false = jnp.array(0, int), jnp.array(False)
-    init = jnp.zeros_like(b), zero, false, false, zero
+    init = uniform((jnp.zeros_like(b), zero, false, false, zero), b)
     v, *_, num_sweeps = lax.while_loop(lambda carry: ~carry[3], sweep, init)
     return v, num_sweeps
 

@@ -30,6 +30,11 @@ class AbstractMethod(eqx.Module):
 
     uses_guess: eqx.AbstractClassVar[bool]
 
+    @property
+    def sharded_scan(self) -> AbstractScan | None:
+        """The scan, where it has the steps on the devices of a mesh."""
+        return None
+
     @abc.abstractmethod
     def resolve(self, step_map: StepMap, y0: State, num_steps: int) -> "AbstractMethod":
         """The same with all choices made that were left open."""
@@ -113,11 +118,20 @@ class Newton(AbstractMethod):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
 
+    @property
+    def sharded_scan(self):
+        """The scan, where it has the steps on the devices of a mesh."""
+        is_sharded = self.scan is not None and self.scan.time_axis.is_sharded
+        return self.scan if is_sharded else None
+
     def resolve(self, step_map, y0, num_steps):
         has_field = step_map.increment is not None and not step_map.is_implicit
         has_coarse_steps = step_map.coarse_step is not None
         eps = step_map.eps or float(jnp.finfo(y0.dtype).eps)
         window = window_size(y0.size**2) if self.window is None else self.window
+        if self.sharded_scan is not None:
+            # What slides over the devices, or goes from one to the next, has to move.
+            window, has_coarse_steps = num_steps, False
         linearization = PiecewiseConstant() if has_field else FullJacobian()
         predictor = CoarsePredictor() if has_coarse_steps else ConstantPredictor()
         return Newton(
@@ -132,6 +146,8 @@ class Newton(AbstractMethod):
 
     def __call__(self, step_map, y0, xs, guess):
         chosen = self.resolve(step_map, y0, len(guess))
+        if self.sharded_scan is not None:
+            xs, guess = self.sharded_scan.time_axis.place((xs, guess))
         ys, statistics = NewtonIteration(step_map, y0, xs, chosen).solve(guess)
         return ys, dataclasses.replace(statistics, method=chosen), None
 

@@ -33,9 +33,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import IntScalarLike, State, States
 from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL
 from ._linalg.transitions import are_finite, zero_unless
-from ._prefix import count_leading_true, hold_last, max_norm, select, shift
+from ._prefix import at, count_leading_true, hold_last, max_norm, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
+from ._varying import uniform
 
 
 class _Window(eqx.Module):
@@ -90,7 +91,7 @@ class NewtonIteration(eqx.Module):
         # they are asked for one. Nothing is updated from there on.
         exists = jnp.all(jnp.isfinite(residuals), axis=-1)
         points = self.xs, before, ys
-        instead = jax.tree.map(lambda x: x[jnp.argmax(exists)], points)
+        instead = jax.tree.map(lambda x: at(x, count_leading_true(~exists)), points)
         points = jax.vmap(select, in_axes=(0, 0, None))(exists, points, instead)
         linearize = ft.partial(self.options.linearization, self.step_map)
         transitions = jax.vmap(linearize)(*points)
@@ -98,6 +99,9 @@ class NewtonIteration(eqx.Module):
         # zero the overflow of long products stays away from final steps.
         usable = are_finite(transitions) & (jnp.arange(len(ys)) > num_final)
         return self.options.scan(zero_unless(usable, transitions), residuals)
+
+    def _cummax(self, x: Float[Array, "time ..."]) -> Float[Array, "time ..."]:
+        return self.options.scan.time_axis.cummax(x)
 
     def _magnitudes(self, ys: States) -> States:
         return jnp.maximum(jnp.abs(shift(self.y0, ys)), jnp.abs(ys))
@@ -111,7 +115,7 @@ class NewtonIteration(eqx.Module):
         """
         sizes = self._magnitudes(ys)
         state = max_norm(sizes)[:, None]
-        scales = jnp.minimum(lax.cummax(sizes, axis=0), state)
+        scales = jnp.minimum(self._cummax(sizes), state)
         tolerance = self.options.atol + self.options.rtol * scales
         return lambda x: max_norm(jnp.where(x == 0, 0.0, x / tolerance))
 
@@ -135,7 +139,7 @@ class NewtonIteration(eqx.Module):
         sizes = measure(residuals)
         # Where the guess was right but began elsewhere, residuals were zero.
         old = jnp.maximum(window.residuals, 1)
-        floor = jnp.maximum(old, GROWTH_FLOOR * lax.cummax(old))
+        floor = jnp.maximum(old, GROWTH_FLOOR * self._cummax(old))
         good = sizes <= MAX_GROWTH * floor
         good |= max_norm(residuals) <= SMALL_RESIDUAL * max_norm(self._magnitudes(ys))
         good = (good | first) & jnp.all(jnp.isfinite(ys), axis=-1)
@@ -179,7 +183,7 @@ class NewtonIteration(eqx.Module):
         num_final = count_leading_true(solved)
         # The value of the first open step is exact; if it is not finite, then no number
         # of iterations makes it so.
-        exact = images[jnp.minimum(num_final, size - 1)]
+        exact = at(images, jnp.minimum(num_final, size - 1))
         lost = (num_final < size) & ~jnp.all(jnp.isfinite(exact))
         changes = ys, num_final
         window = eqx.tree_at(lambda w: (w.ys, w.num_final), window, changes)
@@ -245,7 +249,7 @@ class NewtonIteration(eqx.Module):
         state = lax.while_loop(
             lambda state: ~state.done,
             lambda state: self._slide(state),
-            _Progress(steps, zero, jnp.zeros((), guess.dtype), no, no),
+            uniform(_Progress(steps, zero, jnp.zeros((), guess.dtype), no, no), guess),
         )
         steps, lost = state.steps, state.lost
         solved = (steps.num_final == num_steps) & ~lost

@@ -4,14 +4,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ._custom_types import State, States
+from ._custom_types import IntScalarLike, State, States
 
 
 def shift(y0: State, ys: States) -> States:
     """The predecessors `(y_0, ..., y_{N-1})` of the states `(y_1, ..., y_N)`."""
-    return jnp.concatenate([y0[None], ys[:-1]])
+    # Not by a concatenation, which moves all steps where they lie on several devices.
+    first = jnp.expand_dims(jnp.arange(len(ys)) == 0, range(1, ys.ndim))
+    return jnp.where(first, y0[None], jnp.roll(ys, 1, axis=0))
+
+
+def at(x: Shaped[Array, "time ..."], index: IntScalarLike) -> Shaped[Array, "..."]:
+    """`x[index]` as a sum, of which each of several devices has a part.
+
+    A number: `x` itself is looked up where it holds others, as keys.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.number):
+        return x[index]
+    here = jnp.expand_dims(jnp.arange(len(x)) == index, range(1, x.ndim))
+    return jnp.sum(jnp.where(here, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
 
 
 def max_norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
@@ -24,12 +37,12 @@ def max_norm(x: Float[Array, "... state"]) -> Float[Array, "..."]:
 
 def count_leading_true(mask: Bool[Array, " time"]) -> Int[Array, ""]:
     """The number of leading `True`s."""
-    return jnp.where(jnp.all(mask), mask.size, jnp.argmin(mask))
+    return jnp.min(jnp.where(mask, mask.size, jnp.arange(mask.size)))
 
 
 def hold_last(y0: State, ys: States, num_known: Int[Array, ""]) -> States:
     """The `num_known` leading states, then the last of them (or `y0`) repeated."""
-    last = jnp.where(num_known == 0, y0, ys[jnp.maximum(num_known - 1, 0)])
+    last = jnp.where(num_known == 0, y0, at(ys, num_known - 1))
     return jnp.where(jnp.arange(len(ys))[:, None] < num_known, ys, last)
 
 

@@ -30,9 +30,10 @@ from ._checks import explained
 from ._custom_types import State, States
 from ._gradient import AbstractGradient, Solution, mask_unsolved
 from ._method import AbstractMethod
-from ._prefix import count_leading_true, hold_last, select, shift
+from ._prefix import at, count_leading_true, hold_last, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
+from ._varying import uniform
 
 
 def evaluation_points(
@@ -52,7 +53,7 @@ def evaluation_points(
 
     def filled():
         solved, last = jnp.arange(len(ys)) < num_solved, jnp.maximum(num_solved - 1, 0)
-        stand_in = lax.stop_gradient(jax.tree.map(lambda x: x[last], points))
+        stand_in = lax.stop_gradient(jax.tree.map(lambda x: at(x, last), points))
         if placeholder_x is not None:
             none = placeholder_x, lax.stop_gradient(y0)
             stand_in = select(num_solved == 0, none, stand_in)
@@ -135,6 +136,7 @@ def solve(
         successful = optx.RESULTS.successful
         statistics = Statistics(zero, None, num_solved, successful, method, gradient)
         return guess, statistics, jax.vmap(step_map.evaluate)(*points)[1]
+    y0, xs, guess, placeholder_x = uniform((y0, xs, guess, placeholder_x))
     return _solve(
         step_map.closed(jax.tree.map(lambda x: x[0], xs), y0),
         y0,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Matrix, State, VectorField
 from ._linalg.transitions import AbstractTransition, Dense
+from ._varying import uniform
 
 
 class StepMap(eqx.Module):
@@ -83,6 +84,7 @@ def value_and_tangents(
 
     All directions at once, and `f` itself evaluated once.
     """
+    directions = uniform(directions, y)
     push = lambda direction: jax.jvp(f, (y,), (direction,))
     values, tangents = jax.vmap(push)(directions)
     return values[0], tangents

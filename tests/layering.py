@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "diffrax_deer"
 RANKS = {
     "_linalg": 0,
     "": 1,
+    "_distributed": 2,
     "_ode": 2,
     "_recurrence": 2,
     "_adjoint": 3,

@@ -30,6 +30,7 @@ from .._method import Given
 from .._ode.grid_solve import Trajectory, solve_grid
 from .._prefix import select, with_derivative_of
 from .._ravel import ravel
+from .._varying import uniform
 from .loop_state import LoopState, Outcome, Windows, as_arrays
 from .window_search import Record, decide, search_windows
 
@@ -141,7 +142,8 @@ class _Replay(eqx.Module):
 
         saved = jnp.zeros((len(windows.save_ts), y0.size), y0.dtype)
         groups_made = -(-eqxi.unvmap_max(num_made) // self.num_windows)
-        y, saved = _fold(group, (y0, saved), groups_made, num_groups)
+        init = uniform((y0, saved))
+        y, saved = _fold(group, init, groups_made, num_groups)
         return starts[self.last.num_steps], y, saved
 
     def _group(
@@ -234,7 +236,9 @@ def _saved(
         is_open = kept[None] & (t[:, None] <= ends[None])
         here = (t > after) & jnp.any(is_open, axis=1)
         t, which = jnp.where(here, t, 0), jnp.argmax(is_open, axis=1)
-        zeros = lambda *_: jnp.zeros((length, size), trajectory.y0.dtype)
-        return lax.cond(eqxi.unvmap_any(here), look_up, zeros, t, here, which)
+        zeros = uniform(jnp.zeros((length, size), trajectory.y0.dtype), t)
+        return lax.cond(
+            eqxi.unvmap_any(here), look_up, lambda *_: zeros, t, here, which
+        )
 
     return lax.map(at, all_ts).reshape(-1, size)[:num_times]

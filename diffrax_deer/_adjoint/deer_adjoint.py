@@ -18,6 +18,7 @@ from .._ode.deer_solver import DEERSolver
 from .._ode.solver_step import SolverStep
 from .._prefix import select
 from .._ravel import ravel
+from .._varying import uniform
 from .adaptive_windows import adaptive_windows
 from .events import EventSearch
 from .loop_state import LoopState, Outcome, Windows, as_arrays
@@ -65,6 +66,7 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
 
     def loop(self, **kwargs: Any) -> Any:
         """Called by `diffrax.diffeqsolve`, with the arguments of `AbstractAdjoint`."""
+        kwargs = uniform(kwargs)
         _check_solver(kwargs["solver"])
         init_state, saveat = kwargs["init_state"], kwargs["saveat"]
         windows = _windows(kwargs)
@@ -72,21 +74,19 @@ class DEERAdjoint(diffrax.AbstractAdjoint):
         meter, ends = init_state.progress_meter_state, None
         # What a step hands on to the next is not known for many at once.
         inner, x = windows.inner_step(state.y), (windows.t0, windows.t1)
-        has_memory = inner.has_memory(x, ravel(state.y)[0])
-        has_memory = has_memory and windows.solver.makes_single_steps
+        is_single = windows.solver.makes_single_steps
+        has_memory = is_single and inner.has_memory(x, ravel(state.y)[0])
         if not kwargs["passed_controller_state"] and not has_memory:
             ends = windows.static_ends(state.t_next)
-        is_static = ends is not None and len(ends) > 1
-        if ends is not None and is_static:
+        if ends is not None and len(ends) > 1:
             outcome = static_windows(windows, state, ends)
             meter = windows.advance(meter, outcome.state.t_prev)
         elif not has_memory and _can_record(windows, state):
             outcome, meter = adaptive_windows(windows, state, meter)
         else:
             final, stats = diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
-            chosen = Sequential(), SequentialGradient()
-            if not windows.solver.makes_single_steps:
-                chosen = windows.choices(state.y)
+            single = Sequential(), SequentialGradient()
+            chosen = single if is_single else windows.choices(state.y)
             return final, stats | _statistics(None, None, *chosen)
         return _finish(windows, outcome, meter, saveat, init_state)
 
@@ -202,7 +202,7 @@ def _finish(
         result=final.result,
         event_mask=None if windows.event is None else state.event_mask,
     )
-    # Windows that were found one after another have no errors but of the last one.
+    # Of windows that were found one after another, there is only the last one.
     window = state.solver_state if outcome.steps is not None else None
     return final_loop_state, _statistics(state, window, state.method, state.gradient)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._ode.grid_solve import Trajectory
-from .._prefix import count_leading_true, select
+from .._prefix import at, count_leading_true, select
 from .loop_state import (
     Ends,
     LoopState,
@@ -59,11 +59,11 @@ def static_windows(
         result = event_result(happened, result)
     started = windows.running(state)
     steps = steps_of(trajectory, started & (jnp.arange(len(ts) - 1) <= last))
-    flat = jnp.where(started, trajectory.ys[last], trajectory.y0)
+    flat = jnp.where(started, at(trajectory.ys, last), trajectory.y0)
     statistics = trajectory.statistics
     num_done = jnp.where(started, num_done, 0)
     new = LoopState(
-        t_prev=jnp.where(started, ts[last + 1], state.t_prev),
+        t_prev=jnp.where(started, at(ts[1:], last), state.t_prev),
         t_next=ts[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),

@@ -16,6 +16,7 @@ from .._defaults import NUM_SAVED_AT_ONCE
 from .._diffrax_conventions import clip_to_end
 from .._prefix import select
 from .._ravel import ravel
+from .._varying import uniform
 from .loop_state import LoopState, Windows, as_arrays
 
 
@@ -189,5 +190,5 @@ def search_windows(
         meter = windows.advance(meter, state.t_prev)
         return index + 1, state, records, saved, meter
 
-    init = jnp.array(0, int), state, records, saved, meter
+    init = uniform((jnp.array(0, int), state, records, saved, meter))
     return lax.while_loop(running, step, init)[1:]

@@ -243,7 +243,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """The states of the window that has led to these, `(time, state)`."""
         if self.makes_single_steps:
             return ravel(y1)[0][None]
-        return solver_state.ys[1:]
+        return solver_state.ys
 
     def dense_infos(self, ends: tuple[Array, Array], infos: DenseInfo) -> DenseInfo:
         """The dense information of windows of one step, between `ends`."""
@@ -287,14 +287,14 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         self, inner: SolverStep, ends: Float[Array, " ends"], y0: Y, state: WindowState
     ) -> tuple[Trajectory, WindowState]:
         """Solves the windows between `ends` together; `state` is that of the solver."""
-        grid, (flat, _), method = self.places, ravel(y0), self.method
+        grid, flat = self.places, ravel(y0)[0]
         check_errors(state, grid.measures_errors)
         ts, state = grid.place(inner, ends, self.window_steps, flat, state)
-        if method is None:
-            method = default_method(len(ts) - 1, flat.size)
+        method = self.method or default_method(len(ts) - 1, flat.size)
         guess = jnp.zeros((len(ts) - 1, flat.size), flat.dtype)
         if method.uses_guess:
-            guess = initial_guess(self.guess, inner.terms, ts, y0, state)
+            local = method.sharded_scan is None
+            guess = initial_guess(self.guess, inner.terms, ts, y0, state, local)
         trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
         errors = grid.scaled_errors(trajectory) if grid.measures_errors else None
         return trajectory, window_state(trajectory, errors)

@@ -6,6 +6,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_memory
@@ -53,7 +54,15 @@ class Trajectory(eqx.Module):
 
     def result(self) -> diffrax.RESULTS:
         """Successful if the recurrence and every step of the inner solver are."""
-        result = diffrax.RESULTS.promote(self.statistics.result)
+        # Not by `promote`, which within `jax.shard_map` cannot look its table up.
+        result, found = diffrax.RESULTS.successful, self.statistics.result
+        for name in (
+            "nonfinite",
+            "nonlinear_max_steps_reached",
+            "nonlinear_divergence",
+        ):
+            this = found == getattr(optx.RESULTS, name)
+            result = diffrax.RESULTS.where(this, getattr(diffrax.RESULTS, name), result)
         return diffrax.RESULTS.where(
             (result == diffrax.RESULTS.successful) & ~jnp.all(self.succeeded),
             diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
@@ -107,7 +116,11 @@ def plan(
         method = default_method(num_steps, state.size)
     if gradient is None:
         gradient = default_gradient(
-            arguments, state.size, num_steps, MAX_PARALLEL_ENTRIES
+            arguments,
+            state.size,
+            num_steps,
+            MAX_PARALLEL_ENTRIES,
+            method.sharded_scan,
         )
     return Plan(parts, step_map, state, method, gradient)
 

@@ -32,7 +32,6 @@ from .grid_solve import Trajectory
 from .solver_step import SolverStep
 from .window_state import WindowState, interpolate
 
-# The times of all windows, one after another.
 Times = Float[Array, " times"]
 
 
@@ -179,7 +178,8 @@ class Equidistributed(AbstractGrid):
         def place(ends, y0, state):
             def warm():
                 weights = _weights(state.errors, order)
-                return spread(state.ts, state.ys, weights, ends, num_steps)
+                ys = jnp.concatenate([state.y0[None], state.ys])
+                return spread(state.ts, ys, weights, ends, num_steps)
 
             def cold():
                 ts, ys, weights = self._search(inner, ends, y0, total, order)
@@ -193,8 +193,8 @@ class Equidistributed(AbstractGrid):
         place, ends_, y0, state = eqx.combine(lax.stop_gradient(arrays), rest)
         parts, ys = place(ends_, y0, state)
         ts = between(ends, parts)
-        guess = lax.stop_gradient(ts), ys
-        return ts, eqx.tree_at(lambda s: (s.ts, s.ys), state, guess)
+        guess = lax.stop_gradient(ts), y0, ys[1:]
+        return ts, eqx.tree_at(lambda s: (s.ts, s.y0, s.ys), state, guess)
 
     def _search(
         self,
@@ -232,7 +232,6 @@ class Equidistributed(AbstractGrid):
         def once(_, carry):
             sol, factor = solve(carry[-1]), carry[-1]
             count = sol.stats["num_accepted_steps"]
-            assert sol.ts is not None
             ts = jnp.where(index[:-1] < count, sol.ts, t1).astype(t0.dtype)
             ts = jnp.concatenate([t0[None], ts, t1[None]])
             # Where it did not get to the end, the rest is like what has been done.

@@ -25,15 +25,17 @@ class WindowState(eqx.Module):
     to start the next training step warm. Beyond its end it is constant. (A solver whose
     windows are single steps needs no guess, and carries what its inner solver does.)
 
-    - `ts`, `(times,)`, and `ys`, `(time + 1, state)`: the last window's trajectory,
-        in the solver's own (increasing) time and ravelled state.
+    - `ts`, `(times,)`, `y0`, `(state,)`, and `ys`, `(time, state)`: the last window's
+        trajectory, in the solver's own (increasing) time and ravelled state; the
+        initial one apart, so that the others lie on several devices in equal parts.
     - `num_iterations`: the Newton iterations of the last window.
     - `errors`, `(time,)`: those of its steps, in units of the tolerance of the solver's
         `grid`; infinite if it failed. `None` for a grid that does not ask.
     """
 
     ts: Float[Array, " times"]
-    ys: Float[Array, "times state"]
+    y0: State
+    ys: States
     num_iterations: Int[Array, ""]
     errors: Float[Array, " time"] | None = None
 
@@ -44,9 +46,9 @@ def no_window(
     """Before the first window: a trajectory that stays at `t0`."""
     # Of the floating type that the times will have.
     ts = jnp.full_like(jnp.linspace(t0, t0, num_steps + 1), t0)
-    ys = jnp.broadcast_to(y0, (num_steps + 1, y0.size))
+    ys = jnp.broadcast_to(y0, (num_steps, y0.size))
     errors = jnp.zeros(num_steps, y0.dtype) if measures_errors else None
-    return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int), errors))
+    return lax.stop_gradient(WindowState(ts, y0, ys, jnp.array(0, int), errors))
 
 
 def check_errors(state: Any, are_needed: bool) -> None:
@@ -83,21 +85,26 @@ def initial_guess(
     ts: Float[Array, " times"],
     y0: Y,
     state: WindowState,
+    is_local: bool = True,
 ) -> States:
     """The states at `ts[1:]`, of `path` if there is one, else of `state`.
 
-    NaN from the first time on at which nothing is known.
+    NaN from the first time on at which nothing is known. Unless the states `is_local`,
+    on one device, those at other times are not looked up.
     """
     flat, _ = ravel(y0)
     if path is None:
         dtype = widest(ts.dtype, state.ys.dtype)
         old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
-        interpolate = lambda: _interpolated(old, ys, new)
+        first = state.y0.astype(dtype)[None]
+        interpolate = lambda: _interpolated(old, jnp.concatenate([first, ys]), new)
+        if not is_local:
+            interpolate = lambda: jnp.full((len(new), flat.size), jnp.nan, dtype)
         if old.shape != ts.shape:
             return interpolate().astype(flat.dtype)
         # The usual warm start, and nothing to look up.
         same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
-        return lax.cond(same, lambda: ys[1:], interpolate).astype(flat.dtype)
+        return lax.cond(same, lambda: ys, interpolate).astype(flat.dtype)
     # The path is in the user's time, which runs backwards where this one does not.
     times = ts[1:] * direction(terms)
     # A path without an end has `None` there, whatever its type says.
@@ -116,7 +123,8 @@ def window_state(
     """What the next solve may take guess and grid from; carries no derivative."""
     state = WindowState(
         trajectory.ts,
-        jnp.concatenate([trajectory.y0[None], trajectory.ys]),
+        trajectory.y0,
+        trajectory.ys,
         trajectory.statistics.num_iterations,
         errors,
     )

@@ -17,16 +17,17 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from .._checks import check_optional, explained
+from .._checks import check_optional, check_throw, explained
 from .._defaults import MAX_PARALLEL_ENTRIES_SCAN, prefers_sequential_recurrence
 from .._gradient import AbstractGradient, default_gradient
 from .._linalg.operand_order import arguments_first
 from .._method import AbstractMethod, Newton, Sequential
-from .._prefix import count_leading_true
+from .._prefix import at, count_leading_true, shift
 from .._ravel import ravel, rounding
 from .._solve import solve
 from .._statistics import Statistics, raise_if_failed
 from .._step_map import StepMap
+from .._varying import varies
 
 _FAILURES = [
     "`deer_scan`: a carry became infinite or NaN. `throw=False` returns NaN from the "
@@ -151,7 +152,7 @@ class _Recurrence(eqx.Module):
     ) -> list[Array]:
         """The leaves of the outputs, of the carry `after` each step and of `aux`."""
         pairs = list(zip(*map(jax.tree.leaves, (self.init, after)), strict=True))
-        before = [jnp.concatenate([first[None], x[:-1]]) for first, x in pairs]
+        before = [shift(first, x) for first, x in pairs]
         carries, others = [*before, *(x for _, x in pairs)], iter(aux)
         return [next(others) if i is None else carries[i] for i in sources]
 
@@ -185,7 +186,9 @@ class _Recurrence(eqx.Module):
         if gradient is None:
             arguments = closed.consts, self.init, self.xs
             limit = MAX_PARALLEL_ENTRIES_SCAN
-            gradient = default_gradient(arguments, y0.size, num_steps, limit)
+            gradient = default_gradient(
+                arguments, y0.size, num_steps, limit, method.sharded_scan
+            )
         flat_guess = jnp.full((num_steps, y0.size), jnp.nan, y0.dtype)
         if guess is not None:
             guess = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), guess, self.init)
@@ -197,7 +200,7 @@ class _Recurrence(eqx.Module):
             )
         carries = eqx.combine(jax.vmap(unravel)(states), after)
         ys = jax.tree.unflatten(structure, self._outputs(carries, aux, sources))
-        carry = jax.tree.map(lambda x: x[-1], carries)
+        carry = jax.tree.map(lambda x: at(x, self.num_steps - 1), carries)
         return *self._only_solved(carry, ys, statistics), statistics
 
 
@@ -263,6 +266,8 @@ def deer_scan(
     """
     check_optional("method", method, AbstractMethod, "Newton()")
     check_optional("gradient", gradient, AbstractGradient, "ParallelGradient()")
+    is_sharded = method is not None and method.sharded_scan is not None
+    check_throw(throw, is_sharded or varies((init, xs)))
     # It checks the arguments, and knows how the types of `init` are promoted.
     plain = ft.partial(lax.scan, f, length=length, reverse=reverse)
     carry_shape, _ = jax.eval_shape(plain, init, xs)

@@ -33,8 +33,8 @@ def recall(
 ) -> WindowState:
     """What is known of some samples, as far as the first `num_steps` steps."""
     state = jax.tree.map(lambda x: x[indices], memory)
-    ts, ys = (x[:, : num_steps + 1] for x in (state.ts, state.ys))
-    return WindowState(ts, ys, state.num_iterations)
+    ts, ys = state.ts[:, : num_steps + 1], state.ys[:, :num_steps]
+    return WindowState(ts, state.y0, ys, state.num_iterations)
 
 
 def remember(
@@ -44,7 +44,7 @@ def remember(
     missing = memory.ts.shape[1] - state.ts.shape[1]
     ts = jnp.pad(state.ts, ((0, 0), (0, missing)), mode="edge")
     ys = jnp.pad(state.ys, ((0, 0), (0, missing), (0, 0)), mode="edge")
-    state = WindowState(ts, ys, state.num_iterations)
+    state = WindowState(ts, state.y0, ys, state.num_iterations)
     return jax.tree.map(lambda old, new: old.at[indices].set(new), memory, state)
 
 
