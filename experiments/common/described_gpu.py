@@ -10,7 +10,7 @@ import os
 import re
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -120,10 +120,10 @@ class Program:
 
 
 @contextlib.contextmanager
-def chosen_for_gpu() -> Iterator[None]:
+def chosen_for_gpu() -> Generator[None]:
     """Within it the library chooses what it chooses for a GPU, also on a CPU."""
     jax.clear_caches()
-    with mock.patch.object(defaults, "platform", lambda: "gpu"):
+    with mock.patch.object(defaults, "platform", return_value="gpu"):
         yield
     jax.clear_caches()
 
