@@ -129,6 +129,16 @@ def prefers_sequential_steps() -> bool:
     return platform() == "cpu"
 
 
+def predicts_by_coarse_steps() -> bool:
+    """Whether a guess is made by coarse steps, one after another.
+
+    Elsewhere each is 8 to 25 kernels (`experiments.kernels`, `results/kernels`), so
+    that a third of N of them cost as much as 15 iterations at N = 128 and 50 at
+    N = 1000, and save 2 of a perceptron and 33 of FitzHugh-Nagumo. Counted, not timed.
+    """
+    return platform() == "cpu"
+
+
 def prefers_sequential_recurrence(state_size: int) -> bool:
     """Whether the steps of `deer_scan` are made one after another."""
     return platform() == "cpu" or state_size > MAX_NEWTON_STATE

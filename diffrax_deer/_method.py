@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PyTree
 from ._affine_scan import AbstractScan, default_scan
 from ._checks import check_count, check_optional, check_tolerance
 from ._custom_types import State, States
-from ._defaults import tolerance, window_size
+from ._defaults import predicts_by_coarse_steps, tolerance, window_size
 from ._linearization import AbstractLinearization, FullJacobian, PiecewiseConstant
 from ._newton import NewtonIteration
 from ._predictor import AbstractPredictor, CoarsePredictor, ConstantPredictor
@@ -75,8 +75,8 @@ class Newton(AbstractMethod):
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan()` on a
         CPU and `AssociativeScan()` elsewhere.
     - `predictor`: where there is no guess, or none that can be trusted. `None` means
-        `CoarsePredictor()` for differential equations, `ConstantPredictor()` for
-        recurrences.
+        `CoarsePredictor()` for differential equations on a CPU, `ConstantPredictor()`
+        for recurrences and elsewhere, where steps one after another cost the most.
     - `rtol`, `atol`: tolerances of the iteration, for the residual and the estimated
         error of each step, in each component relative to the largest value that it has
         had so far; not those of the differential equation. `None` means close to
@@ -126,14 +126,14 @@ class Newton(AbstractMethod):
 
     def resolve(self, step_map, y0, num_steps):
         has_field = step_map.increment is not None and not step_map.is_implicit
-        has_coarse_steps = step_map.coarse_step is not None
+        coarse = step_map.coarse_step is not None and predicts_by_coarse_steps()
         eps = step_map.eps or float(jnp.finfo(y0.dtype).eps)
         window = window_size(y0.size**2) if self.window is None else self.window
         if self.sharded_scan is not None:
             # What slides over the devices, or goes from one to the next, has to move.
             window, has_coarse_steps = num_steps, False
         linearization = PiecewiseConstant() if has_field else FullJacobian()
-        predictor = CoarsePredictor() if has_coarse_steps else ConstantPredictor()
+        predictor = CoarsePredictor() if coarse else ConstantPredictor()
         return Newton(
             self.linearization or linearization,
             self.scan or default_scan(),

@@ -15,6 +15,7 @@ from experiments import (
     convergence,
     deer_adjoint,
     iterates,
+    kernels,
     long_horizon,
     neural_ode_classifier,
     quadratures,
@@ -98,6 +99,20 @@ def _two_body_hnn(results: dict[str, Any]) -> str:
     return _measured("\n\n".join(tables), what, *results.values())
 
 
+def _kernels(results: dict[str, Any]) -> str:
+    """One table for each version of JAX."""
+    tables = []
+    for found in results.values():
+        environment = found["environment"]
+        versions = environment["versions"]
+        tables.append(
+            f"{kernels.table(found)}\n\nCompiled for a described H100, not run, jax "
+            f"{versions['jax']}, diffrax {versions['diffrax']}, commit "
+            f"`{environment['commit'][:10]}`."
+        )
+    return "\n\n".join(tables)
+
+
 def _rnn_speed(results: dict[str, Any]) -> str:
     recurrent = results["gru"]
     table = rnn_speed.table(rnn_speed.gradients_of(recurrent, num_steps=10_000))
@@ -170,6 +185,7 @@ def _measured(table: str, what: str, *results: dict[str, Any]) -> str:
 _SEVERAL: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "cnf": (_cnf, "cnf"),
     "two_body_hnn": (_two_body_hnn, "two_body_hnn"),
+    "kernels": (_kernels, "kernels"),
     "rnn_speed": (_rnn_speed, "benchmark"),
     "rnn_classifier": (_rnn_classifier, "rnn_classifier"),
     "benchmark": (_benchmark, "benchmark"),
@@ -180,7 +196,9 @@ _SEVERAL: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
 
 def _load(name: str) -> dict[str, Any]:
     """The results of an experiment; by name where it was run several times."""
-    path = _ROOT / "experiments" / "results" / name / "cpu"
+    path = _ROOT / "experiments" / "results" / name
+    # What was only compiled was measured on no platform.
+    path = path if name == "kernels" else path / "cpu"
     if path.is_dir():
         files = sorted(path.glob("*.json"))
         return {file.stem: json.loads(file.read_text()) for file in files}

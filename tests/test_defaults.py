@@ -14,6 +14,8 @@ from jax import lax
 import diffrax_deer._defaults as defaults
 from diffrax_deer import (
     AssociativeScan,
+    CoarsePredictor,
+    ConstantPredictor,
     DEERAdjoint,
     DEERSolver,
     Dense,
@@ -63,9 +65,17 @@ def test_platform_is_that_of_the_default_device():
     assert [c.window for c in chosen] == [1024, 1024, 2000]
 
 
+def _predictor():
+    """That of Newton's method for a differential equation."""
+    step = lambda x, y: y
+    coarse = lambda first, last, y: y
+    return Newton().resolve(StepMap(step, coarse_step=coarse), jnp.ones(2), 9).predictor
+
+
 def test_choices_on_a_cpu():
     assert default_scan() == SequentialScan()
     assert default_method(10, 2) == Sequential()
+    assert _predictor() == CoarsePredictor()
     assert defaults.window_size(1) == defaults.window_size(10**9) == 1024
     assert defaults.group_size(1) == defaults.group_size(10**9) == 32
     # Few entries, save times, components and parameters.
@@ -81,6 +91,7 @@ def test_choices_on_a_cpu():
 @pytest.mark.usefixtures("accelerated")
 def test_choices_elsewhere():
     assert default_scan() == AssociativeScan()
+    assert _predictor() == ConstantPredictor()
     # As long as the Jacobians of all steps fit into memory: 2**30 entries.
     assert default_method(2**20, 32) == Newton()
     assert default_method(2**20, 33) == Sequential()

@@ -7,13 +7,30 @@ from typing import Any
 
 import diffrax
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import DEERAdjoint, WholeInterval
+from diffrax_deer import (
+    DEERAdjoint,
+    DEERSolver,
+    Newton,
+    ParallelGradient,
+    WholeInterval,
+)
 
-from .helpers import newton_solver, problems, slowly
+from .helpers import (
+    adjoints,
+    each_adjoint,
+    gradients,
+    linearizations,
+    methods,
+    newton_solver,
+    problems,
+    scans,
+    slowly,
+)
 from .oracle import assert_equal
 
 _N = 8
@@ -262,3 +279,38 @@ def test_errors_become_nan_where_equinox_is_told_so():
     for good, bad in (lines[:2], lines[2:]):
         np.testing.assert_allclose(good, [np.exp(-1), -np.exp(-1)], rtol=2e-3)
         assert np.isnan(bad).all()
+
+
+# ---- Lowered for a GPU ----
+
+
+_GPU_SOLVERS = (
+    {name: {"method": Newton(linearization=x)} for name, x in linearizations.items()}
+    | {f"{name} scan": {"method": Newton(scan=x)} for name, x in scans.items()}
+    | {f"{name} method": {"method": x} for name, x in methods.items()}
+    | {f"{name} gradient": {"gradient": x} for name, x in gradients.items()}
+)
+
+
+def _lowered_for_gpu(solver: Any, adjoint: Any) -> str:
+    def loss(y0):
+        controller, args = WholeInterval(), _VDP.args
+        ends = _VDP.t0, _VDP.t1, None
+        sol = _solve(adjoint, *ends, y0, args, controller, solver, throw=False)
+        return jnp.sum(jnp.asarray(sol.ys) ** 2)
+
+    run = jax.jit(jax.value_and_grad(loss))
+    exported = jax.export.export(run, platforms=["cuda"])(jnp.asarray(_VDP.y0))
+    return exported.mlir_module()
+
+
+@pytest.mark.parametrize("name", _GPU_SOLVERS)
+def test_every_choice_is_lowered_for_a_gpu(name):
+    options: Any = {"gradient": ParallelGradient()} | _GPU_SOLVERS[name]
+    solver = DEERSolver(diffrax.Heun(), _N, **options)
+    assert "stablehlo" in _lowered_for_gpu(solver, _DEER)
+
+
+@each_adjoint
+def test_every_adjoint_is_lowered_for_a_gpu(adjoint):
+    assert "stablehlo" in _lowered_for_gpu(_SOLVER, adjoints[adjoint])

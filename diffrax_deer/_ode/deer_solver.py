@@ -91,9 +91,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     is a `diffrax.RESULTS`.
 
     **Cost** of N steps and a state of D real components: `Sequential()` makes N steps;
-    `Newton()` a third of them one after another for the prediction, where there is no
-    guess, then in each iteration all steps, their transitions and one scan. Memory is
-    O(N D), and O(N D²) where Jacobians are held.
+    `Newton()` on a CPU a third of them one after another for the prediction, where
+    there is no guess, then in each iteration all steps, transitions and one scan.
+    Memory is O(N D), and O(N D²) where Jacobians are held.
 
     ??? cite "Reference"
 
