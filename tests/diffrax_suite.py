@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import diffrax
-import pytest
 import tyro
 
 import diffrax_deer as deer
@@ -110,7 +109,9 @@ def _run(checkout: Path, swap: Swap, tests: list[str]) -> dict[str, tuple[str, b
         root = f"--rootdir={checkout}"
         where = [str(checkout / "test" / test) for test in tests]
         # By the parent process, so that a program that crashes does not stop the rest.
-        subprocess.run([*command, root, *where], env=os.environ | variables, check=False)
+        subprocess.run(
+            [*command, root, *where], env=os.environ | variables, check=False
+        )
         lines = map(json.loads, path.read_text().splitlines())
         return {name: (outcome, used) for name, outcome, used in lines}
 
