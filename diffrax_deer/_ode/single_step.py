@@ -1,7 +1,8 @@
 """A window of one step: that of the inner solver, with what it hands on to the next.
 
 The stages of an explicit Runge-Kutta method are unrolled: diffrax runs them in a loop,
-which costs twice the time. Any other solver makes its own step.
+which costs twice the time. Implicit ones are solved for in units of the state, unless
+the root finder has tolerances of its own. Any other solver makes its own step.
 """
 
 from typing import Any
