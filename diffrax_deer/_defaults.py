@@ -48,6 +48,10 @@ COARSE_STRIDE = 3
 # A coarse step with a larger error, relative to the state, predicts nothing. Not
 # measured.
 MAX_COARSE_ERROR = 0.1
+# A component of an implicit step is solved for in units of no less than this power of
+# rounding, times the largest one: what cancels to zero has no digits of its own. Not
+# measured.
+SMALLEST_SCALE_POWER = 0.25
 # Steps of one window of `DEERSolver` where they are made all at once. Not measured.
 NEWTON_STEPS = 64
 # Steps iterated on at once: a CPU is busy with few; others hold so many entries of

@@ -202,3 +202,29 @@ def test_gradient_by_name_is_that_of_a_window_of_one_step():
 
     parallel, single, expected = run(args)
     assert_equal([parallel, single], [expected, expected], 1e-9)
+
+
+def test_default_step_of_an_implicit_solver_is_the_same_in_other_units():
+    def solve(unit):
+        term = diffrax.ODETerm(lambda t, y, args: -5 * unit * (y / unit) ** 2)
+        value = lambda y0: (
+            diffrax.diffeqsolve(
+                term,
+                DEERSolver(diffrax.ImplicitEuler()),
+                0.0,
+                1.0,
+                0.1,
+                y0 * unit,
+                max_steps=16,
+            ).ys[-1]
+            / unit
+        )
+        return jax.value_and_grad(value)(jnp.array(1.0))
+
+    y1, slope = jax.jit(solve)(1e-8)
+    y, dy = 1.0, 1.0
+    for _ in range(10):
+        # y + 0.5 y² is the state before.
+        y = -1 + np.sqrt(1 + 2 * y)
+        dy = dy / (1 + y)
+    np.testing.assert_allclose((y1, slope), (y, dy), rtol=1e-11)

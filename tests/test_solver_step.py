@@ -72,6 +72,32 @@ def test_default_tolerances_of_an_implicit_solver_reach_rounding(solver):
     assert relative_error(found, expected) < 1e-10
 
 
+@pytest.mark.parametrize("solver", [diffrax.Kvaerno3(), diffrax.ImplicitEuler()])
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_implicit_step_is_the_same_in_other_units(solver, unit):
+    def step(unit):
+        field = lambda t, y, args: -5 * unit * (y / unit) ** 2
+        y0 = jnp.array([1.0, 0.2])
+        inner = _step(solver, diffrax.ODETerm(field), y0)
+        value = lambda y: inner.step((jnp.array(0.0), jnp.array(0.1)), y * unit) / unit
+        return value(y0), jax.jacfwd(value)(y0)
+
+    found, expected = jax.jit(lambda: (step(unit), step(1.0)))()
+    assert relative_error(found, expected) < 1e-13
+
+
+def test_implicit_step_that_stays_at_an_equilibrium_succeeds():
+    # What cancels to zero has no digits of its own.
+    y0 = jnp.array([1.0, 0.0, 1 / 3])
+    matrix = jnp.array([[0.1, 0.2, -0.3], [1.0, -1.0, -3.0], [0.0, 0.0, 0.0]])
+    field = lambda t, y, args: matrix @ y
+    for solver in (diffrax.Kvaerno3(), diffrax.ImplicitEuler()):
+        inner = _step(solver, diffrax.ODETerm(field), y0)
+        result = inner.full((0.0, 0.5), y0)
+        assert result.result == diffrax.RESULTS.successful
+        np.testing.assert_allclose(result.y1, y0, rtol=1e-14, atol=1e-15)
+
+
 # ---- A step and what it yields ----
 
 

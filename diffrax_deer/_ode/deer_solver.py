@@ -58,8 +58,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         )
 
     On a CPU a window is one step unless `num_steps` says otherwise: under any
-    controller the steps are those of the inner solver. With more than one,
-    `PIDController` chooses the windows such that each inner step meets the tolerance.
+    controller the steps are those of the inner solver. With more than one, the largest
+    error of a window's steps is what `PIDController` scales by the state at its ends.
     Where the number of steps is known, `WholeInterval()` makes all of them one window.
 
     **Arguments:**

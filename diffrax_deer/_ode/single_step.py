@@ -1,7 +1,8 @@
 """A window of one step: that of the inner solver, with what it hands on to the next.
 
 The stages of an explicit Runge-Kutta method are unrolled: diffrax runs them in a loop,
-which costs twice the time. Any other solver makes its own step.
+which costs twice the time. Implicit ones are solved for in units of the state, unless
+the root finder has tolerances of its own. Any other solver makes its own step.
 """
 
 from typing import Any
@@ -31,19 +32,22 @@ def _hands_on_last_stage(inner: SolverStep, t0: RealScalarLike, y: State) -> boo
     return inner.solver.tableau.fsal and not is_expensive  # pyright: ignore
 
 
-def _is_explicit(inner: SolverStep) -> bool:
+def _is_own(inner: SolverStep) -> bool:
+    """Whether the step is made here: an explicit one, or one that is scaled."""
     tableau = tableau_of(inner.solver)
-    return tableau is not None and tableau.is_explicit and inner.is_one_field
+    if tableau is None or not inner.is_one_field:
+        return False
+    return tableau.is_explicit or inner.is_scaled
 
 
 def first_memory(
     inner: SolverStep, t0: RealScalarLike, t1: RealScalarLike, y: State
 ) -> Memory:
     """Before the first step: for FSAL, whether that is so, and the field after it."""
-    if not _is_explicit(inner):
+    if not _is_own(inner):
         y0 = inner.unravel(y)
         return inner.solver.init(inner.terms, t0, t1, y0, inner.args)
-    if not _hands_on_last_stage(inner, t0, y):
+    if inner.is_scaled or not _hands_on_last_stage(inner, t0, y):
         return None
     field = eqx.filter_eval_shape(inner.field, t0, y)
     return jnp.array(True), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), field)
@@ -60,7 +64,7 @@ def single_step(
 
     Without a value it has failed, with an infinite error.
     """
-    if not _is_explicit(inner):
+    if not _is_own(inner):
         t0, t1 = x
         y1, error, info, memory, result = inner.solver.step(
             inner.terms, t0, t1, inner.unravel(y), inner.args, memory, made_jump

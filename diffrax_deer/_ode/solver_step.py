@@ -12,10 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
 from .._custom_types import Args, DenseInfo, RealScalarLike, State
-from .._defaults import MAX_COARSE_ERROR, MAX_STAGE_STATE
+from .._defaults import MAX_COARSE_ERROR, MAX_STAGE_STATE, SMALLEST_SCALE_POWER
 from .._diffrax_conventions import takes_controller_tolerances
 from .._linalg.operand_order import arguments_first
 from .._ravel import Unravel, ravel, rounding
@@ -27,6 +28,11 @@ from .runge_kutta import (
     solve_stages,
     tableau_of,
 )
+
+
+def _norm_of_scaled(x: PyTree[Array]) -> Array:
+    """Marks a root finder whose equations are scaled by the state."""
+    return optx.max_norm(x)
 
 
 def prepare(solver: diffrax.AbstractSolver, eps: float) -> diffrax.AbstractSolver:
@@ -47,7 +53,7 @@ def prepare(solver: diffrax.AbstractSolver, eps: float) -> diffrax.AbstractSolve
         if takes_controller_tolerances(solver):
             # Quadratic: a last update of sqrt(eps) leaves an error of order eps. Not
             # `VeryChord`, which near rounding mistakes noise for divergence.
-            root_finder = optx.Newton(rtol=eps**0.5, atol=eps**0.5)
+            root_finder = optx.Newton(eps**0.5, eps**0.5, norm=_norm_of_scaled)
             solver = eqx.tree_at(lambda s: s.root_finder, solver, root_finder)
     return solver
 
@@ -106,6 +112,14 @@ class SolverStep(eqx.Module):
         """Whether the step solves equations of its own."""
         # Unlike `type` this looks into a `HalfSolver`.
         return isinstance(self.solver, diffrax.AbstractImplicitSolver)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether an implicit step is solved for in units of the state."""
+        if tableau_of(self.solver) is None or not self.is_one_field:
+            return False
+        root_finder = getattr(self.solver, "root_finder", None)
+        return getattr(root_finder, "norm", None) is _norm_of_scaled
 
     def has_memory(self, x: Times, y: State) -> bool:
         """Whether a step depends on more than its times and its state.
@@ -238,10 +252,29 @@ class SolverStep(eqx.Module):
     def _implicit_stages(
         self, x: Times, y: State
     ) -> tuple[list[State], diffrax.RESULTS]:
-        y1, _, info, result = self._general(x, y)
+        product = self.product_at(x)
+        k0 = product(x[0], y)
+        step, scale, times = self, jnp.ones_like(y), x
+        if self.is_scaled:
+            # The root finder's tolerance is absolute. Without units is the same step
+            # from time 0 to 1, of a state in powers of two of its size.
+            size = jnp.maximum(jnp.abs(y), jnp.abs(k0))
+            floor = rounding(self.unravel(y)) ** SMALLEST_SCALE_POWER * jnp.max(size)
+            size = jnp.maximum(size, floor)
+            size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+            scale = lax.stop_gradient(jnp.ldexp(scale, jnp.frexp(size)[1]))
+            start, end = jnp.asarray(x[0]), jnp.asarray(x[1])
+
+            def field(t, u, _):
+                inside = start + t.astype(start.dtype) * (end - start)
+                return product(jnp.where(t == 1, end, inside), scale * u) / scale
+
+            times = jnp.zeros((), y.dtype), jnp.ones((), y.dtype)
+            step = SolverStep(self.solver, diffrax.ODETerm(field), None, ravel(y)[1])
+        u1, _, info, result = step._general(times, y / scale)
         if "k" in info:
-            return list(jax.vmap(lambda k: ravel(k)[0])(info["k"])), result
-        return [self.product_at(x)(x[0], y), y1 - y], result
+            return list(jax.vmap(lambda k: scale * ravel(k)[0])(info["k"])), result
+        return [k0, scale * u1 - y], result
 
     def _general(
         self, x: Times, y: State
