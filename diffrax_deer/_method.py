@@ -131,7 +131,7 @@ class Newton(AbstractMethod):
         window = window_size(y0.size**2) if self.window is None else self.window
         if self.sharded_scan is not None:
             # What slides over the devices, or goes from one to the next, has to move.
-            window, has_coarse_steps = num_steps, False
+            window, coarse = num_steps, False
         linearization = PiecewiseConstant() if has_field else FullJacobian()
         predictor = CoarsePredictor() if coarse else ConstantPredictor()
         return Newton(

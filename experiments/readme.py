@@ -1,6 +1,9 @@
-"""Writes the tables of the READMEs from the results in `experiments/results/`.
+"""Writes the tables and numbers of all pages, from `experiments/results/`.
 
 python -m experiments.readme
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a number in the text
+between `<!-- number: NAME -->` and `<!-- end -->`.
 """
 
 import json
@@ -29,10 +32,16 @@ from experiments import (
 from experiments.benchmark import goals, reading, report
 from experiments.common.files import write_atomically
 from experiments.common.results import comparison_table
+from experiments.numbers import NUMBERS
 
 _ROOT = Path(__file__).parents[1]
+_RESULTS = _ROOT / "experiments" / "results"
 README = _ROOT / "README.md"
-READMES = (README, _ROOT / "experiments" / "README.md")
+PAGES = (
+    README,
+    _ROOT / "experiments" / "README.md",
+    *sorted((_ROOT / "notebooks").glob("*.md")),
+)
 
 
 # What was run once: the table, and how it was measured, by its settings.
@@ -140,13 +149,11 @@ def _training_loops_all(results: dict[str, Any]) -> str:
 
 def _benchmark(results: dict[str, Any]) -> str:
     cells = reading.cells_of(results.values())
-    headline = [
-        cell
-        for cell in cells
-        if cell["mode"] == "gradient" and report.is_headline(cell)
-    ]
     names = ("dopri5", "dopri5_pid", "scan_rk45", "deer", "deer_newton_warm")
-    tables = [report.grid_table(headline, names), report.matched_table(cells)]
+    tables = [
+        report.grid_table(report.headlines(cells), names),
+        report.matched_table(cells),
+    ]
     return _of_benchmark([*tables, report.summary(cells)], results)
 
 
@@ -194,37 +201,48 @@ _SEVERAL: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
 }
 
 
-def _load(name: str) -> dict[str, Any]:
-    """The results of an experiment; by name where it was run several times."""
-    path = _ROOT / "experiments" / "results" / name
+def _load(name: str) -> dict[str, Any] | None:
+    """The results of an experiment, if any; by name where it was run several times."""
+    path = _RESULTS / name
     # What was only compiled was measured on no platform.
     path = path if name == "kernels" else path / "cpu"
     if path.is_dir():
         files = sorted(path.glob("*.json"))
         return {file.stem: json.loads(file.read_text()) for file in files}
-    return json.loads(path.with_suffix(".json").read_text())
+    path = path.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table_of(name: str) -> str:
     """The table of that name, from the results that are there."""
-    if name in _SINGLE:
-        return _single(name, _load(name))
-    table, source = _SEVERAL[name]
-    return table(_load(source))
+    source = name if name in _SINGLE else _SEVERAL[name][1]
+    results = _load(source)
+    if results is None:
+        return f"*Not measured yet:* `python -m experiments.{source}`."
+    return _single(name, results) if name in _SINGLE else _SEVERAL[name][0](results)
+
+
+def number_of(name: str) -> str:
+    """The number of that name, from the results that are there."""
+    write, source = NUMBERS[name]
+    results = _load(source)
+    assert results is not None
+    return write(results)
 
 
 def filled_in(text: str) -> str:
-    """`text` with what stands between the markers of each table replaced."""
+    """`text` with what stands between the markers replaced."""
 
     def replace(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- table: {name} -->\n\n{table_of(name)}\n\n<!-- end -->"
+        kind, name = match["kind"], match["name"]
+        found = f"\n\n{table_of(name)}\n\n" if kind == "table" else number_of(name)
+        return f"<!-- {kind}: {name} -->{found}<!-- end -->"
 
-    pattern = r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->"
+    pattern = r"<!-- (?P<kind>table|number): (?P<name>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, replace, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    for path in READMES:
+    for path in PAGES:
         text = filled_in(path.read_text()).encode()
         write_atomically(path, lambda file, text=text: file.write(text))

@@ -1,24 +1,37 @@
-"""What the README shows is what the code does and what was measured."""
+"""What the pages show is what was measured, and their links lead somewhere."""
 
 import re
 
-import numpy as np
 import pytest
-import scipy.integrate
 
-from experiments.readme import README, READMES, filled_in
+from experiments.numbers import NUMBERS
+from experiments.readme import PAGES, README, filled_in
+
+each_page = pytest.mark.parametrize(
+    "path", PAGES, ids=[f"{path.parent.name}/{path.name}" for path in PAGES]
+)
 
 
-@pytest.mark.parametrize("path", READMES, ids=["main", "experiments"])
-def test_every_table_is_written_from_results(path):
+@each_page
+def test_every_table_and_number_is_written_from_results(path):
     text = path.read_text()
-    assert "<!-- table: " in text
     assert filled_in(text) == text
 
 
-@pytest.mark.parametrize("path", READMES, ids=["main", "experiments"])
+def test_every_number_is_used():
+    text = "".join(path.read_text() for path in PAGES)
+    assert set(re.findall(r"<!-- number: (\w+) -->", text)) == set(NUMBERS)
+
+
+def test_what_has_not_been_measured_is_not_made_up():
+    marker = "<!-- number: unknown -->1×<!-- end -->"
+    with pytest.raises(KeyError, match="unknown"):
+        filled_in(marker)
+
+
+@each_page
 def test_links_lead_somewhere(path):
-    prose = re.sub(r"`[^`]*`", "", path.read_text())
+    prose = re.sub(r"```.*?```|`[^`]*`", "", path.read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose):
         name, _, section = link.partition("#")
         target = path.parent / name if name else path
@@ -29,15 +42,11 @@ def test_links_lead_somewhere(path):
             assert section in [slug.replace(" ", "-") for slug in slugs], link
 
 
-def test_example_runs(capsys: pytest.CaptureFixture[str]):
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert examples
-    namespace: dict[str, object] = {}
-    for example in examples:
-        exec(compile(example, str(README), "exec"), namespace)
-    printed = [float(x) for x in capsys.readouterr().out.strip("[] \n").split()]
-    van_der_pol = lambda t, y: [y[1], (1 - y[0] ** 2) * y[1] - y[0]]
-    solution = scipy.integrate.solve_ivp(
-        van_der_pol, (0.0, 10.0), [2.0, 0.0], rtol=1e-10, atol=1e-10
-    )
-    np.testing.assert_allclose(printed, solution.y[:, -1], atol=1e-6)
+@each_page
+def test_pictures_have_alternative_texts(path):
+    for text in re.findall(r"!\[(.*?)\]\(", path.read_text(), flags=re.DOTALL):
+        assert len(text.split()) >= 5, text
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150

@@ -40,6 +40,11 @@ def _ordinary(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell["workload"] not in ("gru", "matched")]
 
 
+def headlines(cells: Sequence[Cell]) -> list[Cell]:
+    """Value and gradient of what is measured with care."""
+    return list(filter(is_headline, select(cells, mode="gradient")))
+
+
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}×"
 
