@@ -211,7 +211,7 @@ class Equidistributed(AbstractGrid):
         t0, t1, size = ends[0], ends[-1], GRID_CAPACITY * num_steps
         index = jnp.arange(size + 1)
 
-        def solve(factor):
+        def solve(factor) -> Any:
             controller = diffrax.PIDController(self.rtol * factor, self.atol * factor)
             with jax.numpy_dtype_promotion("standard"):
                 return diffrax.diffeqsolve(
