@@ -1,4 +1,4 @@
-"""Twenty planted faults, each of which the tests have to find.
+"""Planted faults, each of which the tests have to find.
 
 python -m tests.mutants
 
@@ -28,15 +28,15 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("_prefix", "[y0[None], ys[:-1]]", "[ys[:1], ys[:-1]]", "test_newton"),
+    Mutant("_prefix", "first, y0[None]", "first, ys[:1]", "test_newton"),
     Mutant("_prefix", "jnp.isnan(x), jnp.inf", "jnp.isnan(x), 0.0", "test_newton"),
     Mutant(
         "_affine_scan", "y = a.matvec(y) + b", "y = a.matvec(y) - b", "test_affine_scan"
     ),
     Mutant(
         "_affine_scan",
-        "a_then.matmul(a_first), applied",
-        "a_first.matmul(a_then), applied",
+        "a_then.matmul(a_first), apply",
+        "a_first.matmul(a_then), apply",
         "test_affine_scan",
     ),
     Mutant(
@@ -102,6 +102,12 @@ MUTANTS = [
         "(t > after) & jnp.any",
         "jnp.any",
         "test_deer_adjoint",
+    ),
+    Mutant(
+        "_ode/grids", "errors ** (1 / order)", "errors ** (-1 / order)", "test_grids"
+    ),
+    Mutant(
+        "_ode/grids", "succeeded, scaled, jnp.inf", "succeeded, scaled, 0", "test_grids"
     ),
     Mutant(
         "_adjoint/events",

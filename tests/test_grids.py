@@ -143,6 +143,12 @@ def test_too_few_steps_are_told_by_the_largest_error():
     assert sol.stats["largest_error"] > 1
 
 
+def test_failed_solve_has_infinite_errors():
+    sol = _solve(_solver(num_steps=8))
+    assert sol.result == diffrax.RESULTS.nonfinite
+    assert np.all(sol.solver_state.errors == np.inf)
+
+
 def test_error_falls_with_the_order_of_the_solver():
     ts = jnp.linspace(0.0, 10.0, 51)
     field = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0]) + jnp.cos(t)])

@@ -266,7 +266,7 @@ def _is_near(state: WindowState, ends: Float[Array, " ends"]) -> Bool[Array, ""]
     first, last = state.ts[0], state.ts[-1]
     moved = jnp.abs(first - ends[0]) + jnp.abs(last - ends[-1])
     assert state.errors is not None
-    good = jnp.all(jnp.isfinite(state.errors)) & (first < last)
+    good = jnp.all(jnp.isfinite(state.errors))
     return good & (moved <= GRID_SHIFT * (ends[-1] - ends[0]))
 
 
