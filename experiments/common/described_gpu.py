@@ -147,7 +147,7 @@ def _described_device() -> Any:
 def compile_for_gpu(function: Callable, arguments: tuple[Any, ...]) -> Program:
     """Compiles a function for the described GPU.
 
-    Which kernel multiplies matrices is a matter of autotuning, which needs a device. The
+    Which kernel multiplies matrices is for autotuning, which needs a device. The
     flag --xla_gpu_enable_triton_gemm=false in XLA_FLAGS makes library calls of them.
     """
     sharding = jax.sharding.SingleDeviceSharding(_described_device())
