@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import sysconfig
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -129,11 +128,7 @@ def chosen_for_gpu() -> Generator[None]:
 
 
 def _described_device() -> Any:
-    # A compiler has to be found before JAX is asked for the device.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    nvcc = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cuda_nvcc"
-    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-    os.environ.setdefault("XLA_FLAGS", f"{flags} --xla_gpu_cuda_data_dir={nvcc}")
     try:
         description = topologies.get_topology_desc(
             platform="cuda",
@@ -152,8 +147,8 @@ def _described_device() -> Any:
 def compile_for_gpu(function: Callable, arguments: tuple[Any, ...]) -> Program:
     """Compiles a function for the described GPU.
 
-    Autotuning needs a device and is off: which kernel multiplies matrices is not the
-    choice of a real one.
+    Which kernel multiplies matrices is for autotuning, which needs a device. The
+    flag --xla_gpu_enable_triton_gemm=false in XLA_FLAGS makes library calls of them.
     """
     sharding = jax.sharding.SingleDeviceSharding(_described_device())
 
