@@ -71,6 +71,13 @@ def check_positive(name: str, value: Any) -> None:
     check_tolerance(name, value)
 
 
+def check_number_of_steps(grid: Any, num_steps: int | None) -> None:
+    """Raises for a grid of steps whose number is left open."""
+    if grid is not None and num_steps is None:
+        msg = "`grid` needs a number of steps, `num_steps=100` for example."
+        raise ValueError(msg)
+
+
 def check_step_map(solver: diffrax.AbstractSolver) -> None:
     """Raises for solvers that are not one-step methods of an ODE."""
     name = type(solver).__name__

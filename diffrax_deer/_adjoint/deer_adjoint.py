@@ -202,10 +202,9 @@ def _finish(
         result=final.result,
         event_mask=None if windows.event is None else state.event_mask,
     )
-    # Not of the windows before the last one that was found.
-    solver_state = state.solver_state if outcome.steps is not None else None
-    chosen = state.method, state.gradient
-    return final_loop_state, _statistics(state, solver_state, *chosen)
+    # Windows that were found one after another have no errors but of the last one.
+    window = state.solver_state if outcome.steps is not None else None
+    return final_loop_state, _statistics(state, window, state.method, state.gradient)
 
 
 def _statistics(state: Any, window: Any, method: Any, gradient: Any) -> dict[str, Any]:

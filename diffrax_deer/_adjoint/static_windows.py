@@ -22,16 +22,26 @@ from .loop_state import (
 from .saveat import interpolate
 
 
+def _solve(
+    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
+) -> tuple[Trajectory, Any]:
+    """Also returns the state of the solver: of single steps what any solve begins with.
+
+    That of windows is a guess for the next solve.
+    """
+    solver, inner = windows.solver, windows.inner_step(state.y)
+    trajectory, new = solver.solve_windows(
+        inner, window_ends, state.y, state.solver_state
+    )
+    return trajectory, state.solver_state if solver.makes_single_steps else new
+
+
 def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
     num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
-    is_single = windows.solver.makes_single_steps
-    inner = windows.inner_step(state.y)
-    trajectory, solver_state = windows.solver.solve_windows(
-        inner, window_ends, state.y, state.solver_state
-    )
+    trajectory, solver_state = _solve(windows, state, window_ends)
     ts = trajectory.ts
     num_succeeded = count_leading_true(trajectory.succeeded)
     num_solved = jnp.minimum(trajectory.statistics.num_solved, num_succeeded)
@@ -57,8 +67,7 @@ def static_windows(
         t_next=ts[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),
-        # Single steps begin with what any other solve begins with.
-        solver_state=state.solver_state if is_single else solver_state,
+        solver_state=solver_state,
         controller_state=_step_to_state(windows.controller, state, num_done),
         result=diffrax.RESULTS.where(started, result, state.result),
         num_steps=num_done,

@@ -11,6 +11,7 @@ from .._checks import (
     check_count,
     check_instance,
     check_noise,
+    check_number_of_steps,
     check_optional,
     check_step_map,
 )
@@ -35,6 +36,7 @@ from .single_step import Memory, first_memory, single_step
 from .solver_step import SolverStep, prepare
 from .window_state import (
     WindowState,
+    check_errors,
     check_window_state,
     initial_guess,
     no_window,
@@ -117,9 +119,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         example = "a `Solution` saved with `SaveAt(dense=True)`"
         check_optional("guess", self.guess, diffrax.AbstractPath, example)
         check_optional("grid", self.grid, AbstractGrid, "Uniform()")
-        if self.grid is not None and self.num_steps is None:
-            msg = "`grid` needs a number of steps, `num_steps=100` for example."
-            raise ValueError(msg)
+        check_number_of_steps(self.grid, self.num_steps)
         if isinstance(self.solver, DEERSolver):
             msg = "`solver` is a `DEERSolver` itself; pass its inner solver."
             raise ValueError(msg)
@@ -175,8 +175,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     @property
     def places(self) -> AbstractGrid:
         """Where the steps of a window lie."""
-        is_free = self.grid is not None and self.window_steps > 1
-        return self.grid if is_free else Uniform()  # pyright: ignore
+        return Uniform() if self.grid is None or self.num_steps == 1 else self.grid
 
     def init(
         self,
@@ -215,10 +214,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """
         y0 = promoted(y0, t0)
         (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
-        num_steps = self.window_steps
-        ts = jnp.full(num_steps + 1, t0)
+        ts = jnp.linspace(t0, t0, self.window_steps + 1)
         found = plan(inner, ts, flat, self.method, self.gradient)
-        method = found.method.resolve(found.step_map, found.state, num_steps)
+        method = found.method.resolve(found.step_map, found.state, len(ts) - 1)
         return method, found.gradient
 
     def quadratures(
@@ -270,7 +268,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         inner, (flat, unravel) = self.inner_step(terms, y0, args), ravel(y0)
         optional = lambda error: None if error is None else unravel(error)
         num_steps = None if self.makes_single_steps else self.window_steps
-        check_window_state(solver_state, num_steps, self.places.measures_errors)
+        check_window_state(solver_state, num_steps)
         if num_steps is None:
             step, memory = single_step(inner, (t0, t1), flat, solver_state, made_jump)
             y1, error = unravel(step.y1), optional(step.error)
@@ -290,6 +288,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
     ) -> tuple[Trajectory, WindowState]:
         """Solves the windows between `ends` together; `state` is that of the solver."""
         grid, (flat, _), method = self.places, ravel(y0), self.method
+        check_errors(state, grid.measures_errors)
         ts, state = grid.place(inner, ends, self.window_steps, flat, state)
         if method is None:
             method = default_method(len(ts) - 1, flat.size)

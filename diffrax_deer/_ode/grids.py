@@ -177,11 +177,15 @@ class Equidistributed(AbstractGrid):
         total = (len(ends) - 1) * num_steps
 
         def place(ends, y0, state):
-            warm = lambda: (state.ts, state.ys, _weights(state.errors, order))
-            cold = lambda: self._search(inner, ends, y0, total, order)
-            spread = lambda found: _spread(*found, ends, num_steps)
-            is_warm = eqxi.unvmap_all(_is_near(state, ends))
-            return lax.cond(is_warm, lambda: spread(warm()), lambda: spread(cold()))
+            def warm():
+                weights = _weights(state.errors, order)
+                return spread(state.ts, state.ys, weights, ends, num_steps)
+
+            def cold():
+                ts, ys, weights = self._search(inner, ends, y0, total, order)
+                return spread(ts, ys, weights, ends, num_steps)
+
+            return lax.cond(eqxi.unvmap_all(_is_near(state, ends)), warm, cold)
 
         # All it closes over is made an argument, to have no derivative.
         place = eqx.filter_closure_convert(place, ends, y0, state)
@@ -244,7 +248,8 @@ class Equidistributed(AbstractGrid):
 
         ts, ys = jnp.zeros(size + 2, t0.dtype), jnp.zeros((size + 2, y0.size), y0.dtype)
         init = ts, ys, jnp.zeros(size + 1, t0.dtype), jnp.ones((), t0.dtype)
-        return lax.fori_loop(0, self.passes, once, init)[:-1]
+        ts, ys, weights, _ = lax.fori_loop(0, self.passes, once, init)
+        return ts, ys, weights
 
 
 def _check_error(inner: SolverStep, ends: Float[Array, " ends"], y0: State) -> None:
@@ -273,7 +278,7 @@ def _weights(errors: Float[Array, " time"], order: Any) -> Float[Array, " time"]
     return jnp.clip(weights, 1 / MAX_GRID_WEIGHT, MAX_GRID_WEIGHT) ** GRID_RATE
 
 
-def _spread(
+def spread(
     ts: Times,
     ys: States,
     weights: Float[Array, " time"],
@@ -287,7 +292,7 @@ def _spread(
     before = jnp.concatenate([jnp.zeros(1, weights.dtype), jnp.cumsum(weights)])
     before = before / before[-1]
     first, last = _sides(interpolate(_parts(ts), before, _parts(ends)))
-    levels = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=ts.dtype)
+    levels = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=ts.dtype)[None]
     levels = first * (1 - levels) + last * levels
     nodes = interpolate(before, _parts(ts), levels.reshape(-1)).reshape(levels.shape)
     flat = jnp.concatenate([nodes[:, :-1].reshape(-1), nodes[-1:, -1]])

@@ -42,22 +42,28 @@ def no_window(
     t0: RealScalarLike, y0: State, num_steps: int, measures_errors: bool
 ) -> WindowState:
     """Before the first window: a trajectory that stays at `t0`."""
-    ts, ys = jnp.full(num_steps + 1, t0), jnp.broadcast_to(y0, (num_steps + 1, y0.size))
+    # Of the floating type that the times will have.
+    ts = jnp.full_like(jnp.linspace(t0, t0, num_steps + 1), t0)
+    ys = jnp.broadcast_to(y0, (num_steps + 1, y0.size))
     errors = jnp.zeros(num_steps, y0.dtype) if measures_errors else None
     return lax.stop_gradient(WindowState(ts, ys, jnp.array(0, int), errors))
 
 
-def check_window_state(state: Any, num_steps: int | None, has_errors: bool) -> None:
+def check_errors(state: Any, are_needed: bool) -> None:
+    """Raises unless a window's state has the errors of its steps just if needed."""
+    if isinstance(state, WindowState) and are_needed != (state.errors is not None):
+        msg = (
+            "`solver_state` has to come from a solve with the same `grid`: the errors "
+            f"of its steps are {'missing' if are_needed else 'not asked for'}."
+        )
+        raise ValueError(msg)
+
+
+def check_window_state(state: Any, num_steps: int | None) -> None:
     """Raises unless the state of the solver is one window of `num_steps` steps.
 
     `None`: unless it is what a single step hands on to the next.
     """
-    if isinstance(state, WindowState) and has_errors != (state.errors is not None):
-        msg = (
-            "`solver_state` has to come from a solve with the same `grid`: the errors "
-            "of its steps are " + ("missing." if has_errors else "not asked for.")
-        )
-        raise ValueError(msg)
     held = len(state.ts) - 1 if isinstance(state, WindowState) else None
     if held != num_steps:
         name = lambda count: "a single step" if count is None else f"{count} steps"
