@@ -207,7 +207,7 @@ PROBLEMS = {
     ),
     "pleiades": Problem("Pleiades", _pleiades, _PLEIADES, 3.0, 1500),
     "driven_pendulum": Problem(
-        "driven pendulum, T = 60", _driven_pendulum, (0.2, 0.0), 60.0, 1024
+        "driven pendulum", _driven_pendulum, (0.2, 0.0), 25.0, 512
     ),
     "square_root": Problem(
         "y' = -sqrt(y), up to 0.0025", _square_root, (1.0,), 1.9, 128
