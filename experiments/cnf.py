@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -22,6 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffrax_deer import WindowState
 from experiments.common.command_line import run
 from experiments.common.densities import DataName, Samples, load
 from experiments.common.errors import ExperimentError, check_choice, check_least
@@ -31,7 +33,7 @@ from experiments.common.experiment import (
     carry_out,
     run_folder,
 )
-from experiments.common.flow import FIELDS, Flow
+from experiments.common.flow import DURATION, FIELDS, Flow
 from experiments.common.flow_evaluation import make_evaluate, sample, solve_all
 from experiments.common.flow_pictures import draw_pairs, draw_plane, grid
 from experiments.common.measurement import ready
@@ -95,17 +97,29 @@ class Config(TrainingConfig):
 
 
 def make_loss(options: dict[str, Any], trace: str) -> LossFn:
-    """The mean negative log-density of a batch, in nats."""
+    """The mean negative log-density of a batch, in nats.
+
+    The memory, if there is one, holds the grids of the batch before: not of the same
+    points, but of the same vector field.
+    """
 
     def loss(
-        model: Flow, memory: None, batch: Float[Array, "batch dim"], key: PRNGKeyArray
-    ) -> tuple[Float[Array, ""], None]:
+        model: Flow,
+        memory: WindowState | None,
+        batch: Float[Array, "batch dim"],
+        key: PRNGKeyArray,
+    ) -> tuple[Float[Array, ""], WindowState | None]:
         # A probe is drawn once a solve: with another one at every evaluation, the
         # solver would see noise in place of a smooth vector field.
         is_exact = trace == "exact"
         probes = None if is_exact else jr.rademacher(key, batch.shape, batch.dtype)
-        each = jax.vmap(lambda x, probe: model.log_density(x, probe, **options))
-        return -jnp.mean(each(batch, probes)), memory
+        saveat = diffrax.SaveAt(t1=True, solver_state=memory is not None)
+        solve = lambda x, probe, state: model.solve(
+            x, probe, solver_state=state, saveat=saveat, **options
+        )
+        solution = jax.vmap(solve)(batch, probes, memory)
+        values = jax.vmap(model.read_out)(solution.ys)
+        return -jnp.mean(values), solution.solver_state
 
     return loss
 
@@ -151,13 +165,18 @@ def make_runs(config: Config, data: Samples) -> dict[str, Run]:
     model_key, train_key = jr.split(jr.key(config.seed))
     dim = len(data.features)
     field = FIELDS[config.field](dim, config.width, config.depth, model_key)
-    state = init_state(Flow(field, dim), make_optimizer(config), train_key)
+    model, optimizer = Flow(field, dim), make_optimizer(config)
     options = config.solve_options()
+    zeros = lambda *shape: jnp.zeros((config.batch_size, *shape), jnp.float32)
+    y0s = zeros(dim), zeros()
+    memory = lambda name: config.cold_memory(
+        name, diffrax.ODETerm(model.field_and_trace), DURATION, y0s
+    )
     return {
         name: Run(
             loss_fn=make_loss(options[name], config.trace),
             evaluate=make_evaluate(options[name], data.test),
-            state=state,
+            state=init_state(model, optimizer, train_key, memory(name)),
         )
         for name in config.solver
     }

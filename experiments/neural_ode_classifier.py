@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from diffrax_deer import WindowState
 from experiments.common import datasets
 from experiments.common.command_line import run
 from experiments.common.errors import ExperimentError, check_least
@@ -132,7 +133,7 @@ class NeuralODEClassifier(eqx.Module):
     def solve(self, image: Float[Array, " pixel"], **options: Any) -> Any:
         """Lets the encoded image flow."""
         h0 = self.encoder(image)
-        term = diffrax.ODETerm(self._vector_field)
+        term = diffrax.ODETerm(self.vector_field)
         options = {"dt0": 0.1} | options
         return diffrax.diffeqsolve(term, t0=0.0, t1=1.0, y0=h0, **options)
 
@@ -140,7 +141,8 @@ class NeuralODEClassifier(eqx.Module):
         """The logits of the classes."""
         return self.readout(h[: self.readout.in_features])
 
-    def _vector_field(self, t: Any, h: Float[Array, " state"], args: None) -> Array:
+    def vector_field(self, t: Any, h: Float[Array, " state"], args: None) -> Array:
+        """What moves the encoded image."""
         del args
         if self.time_dependent:
             h = jnp.append(h, jnp.asarray(t, h.dtype))
@@ -148,16 +150,28 @@ class NeuralODEClassifier(eqx.Module):
 
 
 def make_loss(options: dict[str, Any], noise: float) -> LossFn:
-    """The mean cross-entropy of a batch of noisy images."""
+    """The mean cross-entropy of a batch of noisy images.
+
+    The memory, if there is one, holds the grids of the batch before: not of the same
+    images, but of the same vector field.
+    """
 
     def loss(
-        model: NeuralODEClassifier, memory: None, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[Float[Array, ""], None]:
+        model: NeuralODEClassifier,
+        memory: WindowState | None,
+        batch: Batch,
+        key: PRNGKeyArray,
+    ) -> tuple[Float[Array, ""], WindowState | None]:
         images, labels = batch
         images = images + noise * jr.normal(key, images.shape, images.dtype)
-        logits = jax.vmap(lambda image: model(image, **options))(images)
+        saveat = diffrax.SaveAt(t1=True, solver_state=memory is not None)
+        solve = lambda image, state: model.solve(
+            image, solver_state=state, saveat=saveat, **options
+        )
+        solution = jax.vmap(solve)(images, memory)
+        logits = jax.vmap(model.read_out)(solution.ys[:, -1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), memory
+        return losses.mean(), solution.solver_state
 
     return loss
 
@@ -217,13 +231,16 @@ def make_runs(config: Config, data: datasets.Dataset) -> dict[str, Run]:
     model_key, train_key = jr.split(jr.key(config.seed))
     num_pixels = data.train_xs.shape[1]
     model = NeuralODEClassifier(num_pixels, data.num_classes, config, model_key)
-    state = init_state(model, config.adam(), train_key)
     options, test = config.solve_options(), (data.test_xs, data.test_labels)
+    h0s = jnp.zeros((config.batch_size, config.state_dim), jnp.float32)
+    memory = lambda name: config.cold_memory(
+        name, diffrax.ODETerm(model.vector_field), 1.0, h0s
+    )
     return {
         name: Run(
             loss_fn=make_loss(options[name], config.noise),
             evaluate=make_evaluate(options[name], *test),
-            state=state,
+            state=init_state(model, config.adam(), train_key, memory(name)),
         )
         for name in config.solver
     }

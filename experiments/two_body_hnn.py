@@ -41,7 +41,7 @@ from experiments.common.hamiltonian import HamiltonianNetwork, make_loss, solve
 from experiments.common.measurement import ready
 from experiments.common.orbits import draw_orbits
 from experiments.common.results import Metric, format_table
-from experiments.common.solvers import SolverName, solve_options
+from experiments.common.solvers import METHODS, SolverName, solve_options
 from experiments.common.training import Run, TrainState, init_state
 from experiments.common.work import count_work
 
@@ -77,7 +77,8 @@ class Config(TrainingConfig):
         num_test: Number of trajectories for the test.
         stages: Number of horizons, the longest included; a step is compiled for each.
         warm_start: Whether Newton's method begins with the trajectory that the sample
-            had when it was last seen, or with a prediction.
+            had when it was last seen, or with a prediction; equidistributed steps with
+            its grid, or with a search.
         width: Width of the hidden layers of the energy.
         depth: Number of them.
         dtype: Precision of everything but the data, which is exact in float64.
@@ -211,9 +212,10 @@ def make_runs(config: Config, data: two_body.TwoBodyData) -> dict[str, Run]:
 
     def make_run(name: SolverName) -> Run:
         options_for = functools.partial(config.options_for, name)
-        # Only Newton's method has a use for a guess.
+        # Only Newton's method has a use for a guess, and steps that move for a grid.
         memory = None
-        if name == "deer_newton" and config.warm_start:
+        is_warm = name == "deer_newton" or METHODS[name].warm
+        if is_warm and config.warm_start:
             solver = options_for(config.num_times)["solver"]
             term, y0s = diffrax.ODETerm(model), jnp.asarray(data.train_y0)
             memory = warm_start.cold(solver, term, two_body.HORIZON, y0s)

@@ -16,7 +16,7 @@ import optax
 import pytest
 import tyro
 
-from experiments import adaptive, iterates
+from experiments import adaptive, grids, iterates
 from experiments.common import results as results_module
 from experiments.common.checkpoint import (
     check_same_config,
@@ -455,6 +455,31 @@ def test_settings_of_the_adaptive_comparison_that_make_no_sense(tmp_path):
     for changes in ({"repeats": 0}, {"tolerance": 2.0}, {"batch_sizes": ()}):
         with pytest.raises(ExperimentError):
             adaptive.main(dataclasses.replace(base, **changes))
+
+
+@pytest.mark.slow
+def test_steps_where_the_error_is_are_measured_and_drawn(tmp_path):
+    out = tmp_path / "grids.json"
+    (cell,) = grids.main(grids.Config(smoke=True, out=out))["cells"]
+    assert json.loads(out.read_text())["cells"] == [cell]
+    errors = cell["errors"]
+    for name in ("cold_2", "warm", "settled"):
+        assert 0 < errors[name] < 2 * errors["pid"]
+    assert cell["num_steps"] == int(1.1 * cell["num_accepted"]) + 2
+    assert cell["equal"][-1]["error"] <= errors["pid"]
+    (batch,) = cell["batches"]
+    # Of the same loss, at solutions that are as good.
+    for method in batch["methods"].values():
+        assert method["difference"] < 0.1
+        assert len(method["seconds"]) == 2
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_of_the_grids_that_make_no_sense(tmp_path):
+    base = grids.Config(out=tmp_path / "results.json")
+    for changes in ({"problems": ("none",)}, {"tolerances": ()}, {"batch_sizes": ()}):
+        with pytest.raises(ExperimentError):
+            grids.main(dataclasses.replace(base, **changes))
 
 
 @pytest.mark.slow

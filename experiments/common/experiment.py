@@ -13,6 +13,8 @@ from typing import Any, Self
 import optax
 from jaxtyping import PyTree
 
+from diffrax_deer import WindowState
+from experiments.common import warm_start
 from experiments.common.errors import (
     ExperimentError,
     check_choice,
@@ -22,7 +24,7 @@ from experiments.common.errors import (
 from experiments.common.plotting import plot_training
 from experiments.common.results import Metric, collect_results, comparison_table
 from experiments.common.run_folder import RunFolder, Start
-from experiments.common.solvers import SOLVERS, SolverName, solve_options
+from experiments.common.solvers import METHODS, SOLVERS, SolverName, solve_options
 from experiments.common.training import Run, train
 
 # They do not change the outcome, so that a run may be resumed with others.
@@ -119,6 +121,21 @@ class TrainingConfig(BaseConfig):
     def solve_options(self) -> dict[SolverName, dict[str, Any]]:
         """The arguments of `diffrax.diffeqsolve` in which the solvers differ."""
         return solve_options(self.rtol, self.atol, self.num_steps)
+
+    def cold_memory(
+        self, name: SolverName, term: Any, t1: float, y0s: Any
+    ) -> WindowState | None:
+        """What a solver starts from that goes on from its last solves, else `None`.
+
+        Args:
+            name: the solver.
+            term: the vector field.
+            t1: the end of the interval, which begins at zero.
+            y0s: initial values, one for each solve that is to be remembered.
+        """
+        if not METHODS[name].warm:
+            return None
+        return warm_start.cold(self.solve_options()[name]["solver"], term, t1, y0s)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,23 @@ def _two_body(t, y, args):
     return jnp.concatenate([velocity, -position / distance**3])
 
 
+def _pleiades(t, y, args):
+    # Seven stars in the plane, of masses 1 to 7 (Hairer, Norsett and Wanner).
+    del t, args
+    position, velocity = y[:14].reshape(2, 7), y[14:]
+    offsets = position[:, None, :] - position[:, :, None]
+    # The diagonal is that of a star and itself: no force, but nothing to divide by.
+    cubes = (jnp.sum(offsets**2, axis=0) + jnp.eye(7)) ** 1.5
+    masses = jnp.arange(1, 8).astype(y.dtype)
+    return jnp.concatenate([velocity, ((offsets / cubes) @ masses).reshape(14)])
+
+
+def _driven_pendulum(t, y, args):
+    del args
+    push = 1.2 * jnp.cos(2 / 3 * t)
+    return jnp.stack([y[1], push - jnp.sin(y[0]) - 0.2 * y[1]])
+
+
 def _square_root(t, y, args):
     del t, args
     return -jnp.sqrt(y)
@@ -137,6 +154,12 @@ def _square(t, y, args):
 
 
 _HIRES = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0057)
+_PLEIADES = (
+    *(3.0, 3.0, -1.0, -3.0, 2.0, -2.0, 2.0),
+    *(3.0, -3.0, 2.0, 0.0, 0.0, -4.0, 4.0),
+    *(0.0, 0.0, 0.0, 0.0, 0.0, 1.75, -1.5),
+    *(0.0, 0.0, 0.0, -1.25, 1.0, 0.0, 0.0),
+)
 PROBLEMS = {
     "lotka_volterra_10": Problem(
         "Lotka-Volterra, T = 10", _lotka_volterra, (10.0, 5.0), 10.0, 256
@@ -152,6 +175,9 @@ PROBLEMS = {
     ),
     "van_der_pol_1": Problem(
         "Van der Pol, µ = 1", _van_der_pol(1.0), (2.0, 0.0), 20.0, 512
+    ),
+    "van_der_pol_5": Problem(
+        "Van der Pol, µ = 5", _van_der_pol(5.0), (2.0, 0.0), 20.0, 1024
     ),
     "van_der_pol_10": Problem(
         "Van der Pol, µ = 10", _van_der_pol(10.0), (2.0, 0.0), 20.0, 2048
@@ -173,8 +199,15 @@ PROBLEMS = {
     ),
     "hires": Problem("HIRES", _hires, _HIRES, 321.8122, None, True),
     "two_body": Problem("two bodies, T = 6", _two_body, (1.0, 0.0, 0.0, 1.1), 6.0, 256),
+    "eccentric_orbit": Problem(
+        "two bodies, eccentricity 0.8", _two_body, (0.2, 0.0, 0.0, 3.0), 20.0, 4096
+    ),
     "near_collision": Problem(
         "two bodies, near collision", _two_body, (1.0, 0.0, 0.0, 0.3), 3.0, 2048
+    ),
+    "pleiades": Problem("Pleiades", _pleiades, _PLEIADES, 3.0, 1500),
+    "driven_pendulum": Problem(
+        "driven pendulum", _driven_pendulum, (0.2, 0.0), 25.0, 512
     ),
     "square_root": Problem(
         "y' = -sqrt(y), up to 0.0025", _square_root, (1.0,), 1.9, 128

@@ -20,6 +20,7 @@ from diffrax_deer import (
     DEERAdjoint,
     DEERSolver,
     DiagonalJacobian,
+    Equidistributed,
     ExponentialRosenbrockEuler,
     FullJacobian,
     Newton,
@@ -33,7 +34,14 @@ from diffrax_deer import (
 )
 
 # What is trained with, what is benchmarked, and what recurrent networks run with.
-SolverName = Literal["deer", "deer_newton", "deer_sequential", "dopri5", "tsit5"]
+SolverName = Literal[
+    "deer",
+    "deer_newton",
+    "deer_sequential",
+    "deer_equidistributed",
+    "dopri5",
+    "tsit5",
+]
 MethodName = Literal[
     "dopri5",
     "tsit5",
@@ -194,6 +202,17 @@ def _deer(label: str, choice: str, *solver: Any, warm: bool = False) -> Method:
     return Method(label, solves, whole_interval, DEERAdjoint(), warm)
 
 
+def equidistributed(
+    solver: diffrax.AbstractSolver, tolerance: float, passes: int = 2
+) -> Method:
+    """One window of steps where the error is, kept from one solve to the next."""
+    # As many steps as the interval has, see `Method.options`.
+    grid = Equidistributed(tolerance, tolerance, passes)
+    solves = DEERSolver(solver, num_steps=1, grid=grid)
+    label = "deer, equidistributed"
+    return Method(label, solves, whole_interval, DEERAdjoint(), warm=True)
+
+
 _DOPRI5, _TSIT5 = diffrax.Dopri5(), diffrax.Tsit5()
 METHODS: dict[str, Method] = {
     BASELINE: Method("Dopri5", _DOPRI5),
@@ -213,6 +232,8 @@ METHODS: dict[str, Method] = {
     "deer_sequential_gradient": _deer(
         "deer, sequential steps and gradient", "deer_sequential_gradient"
     ),
+    # Where the steps lie depends on the ratio of the tolerances alone.
+    "deer_equidistributed": equidistributed(_DOPRI5, 1e-5),
     "deer_newton": _deer("deer, Newton", "deer_newton"),
     "deer_newton_constant": _deer(
         "deer, Newton, constant guess", "deer_newton_constant"

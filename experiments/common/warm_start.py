@@ -1,4 +1,4 @@
-"""The trajectory of every sample, kept from one training step to the next as a guess.
+"""The trajectory of every sample, kept between training steps as guess and grid.
 
 The memory is the `WindowState` of all samples, stacked, over the longest horizon. While
 training goes over a shorter one, a prefix of the same grid, the rest of the entries
@@ -34,7 +34,8 @@ def recall(
     """What is known of some samples, as far as the first `num_steps` steps."""
     state = jax.tree.map(lambda x: x[indices], memory)
     ts, ys = state.ts[:, : num_steps + 1], state.ys[:, :num_steps]
-    return WindowState(ts, state.y0, ys, state.num_iterations)
+    errors = None if state.errors is None else state.errors[:, :num_steps]
+    return WindowState(ts, state.y0, ys, state.num_iterations, errors)
 
 
 def remember(
@@ -44,7 +45,10 @@ def remember(
     missing = memory.ts.shape[1] - state.ts.shape[1]
     ts = jnp.pad(state.ts, ((0, 0), (0, missing)), mode="edge")
     ys = jnp.pad(state.ys, ((0, 0), (0, missing), (0, 0)), mode="edge")
-    state = WindowState(ts, state.y0, ys, state.num_iterations)
+    errors = state.errors
+    if errors is not None:
+        errors = jnp.pad(errors, ((0, 0), (0, missing)))
+    state = WindowState(ts, state.y0, ys, state.num_iterations, errors)
     return jax.tree.map(lambda old, new: old.at[indices].set(new), memory, state)
 
 

@@ -33,6 +33,7 @@ class Outcome(NamedTuple):
         gradient: that of the loss, if asked for.
         num_iterations: of Newton's method, by sample, if there are any.
         num_steps: of diffrax, by sample, if it was used.
+        num_accepted: those of them that it accepted.
         state: what a warm start goes on from.
     """
 
@@ -40,6 +41,7 @@ class Outcome(NamedTuple):
     gradient: PyTree[Array] | None = None
     num_iterations: Array | None = None
     num_steps: Array | None = None
+    num_accepted: Array | None = None
     state: WindowState | None = None
 
 
@@ -126,6 +128,7 @@ class Workload:
                 ys=solution.ys,
                 num_iterations=stats.get("num_newton_iterations"),
                 num_steps=stats["num_steps"],
+                num_accepted=stats["num_accepted_steps"],
                 state=solution.solver_state,
             )
 
