@@ -21,6 +21,7 @@ from experiments import (
     kernels,
     long_horizon,
     neural_ode_classifier,
+    peers,
     quadratures,
     rnn_accuracy,
     rnn_classifier,
@@ -42,6 +43,13 @@ PAGES = (
     _ROOT / "experiments" / "README.md",
     *sorted((_ROOT / "notebooks").glob("*.md")),
 )
+
+
+def _peers(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in results["peers"].items())
+    picture = "../experiments/results/peers/cpu.png"
+    alternative = "Time of loss and gradient in each library, at batch 1 and 32"
+    return f"{peers.table(results)}\n\nWith {versions}.\n\n![{alternative}]({picture})"
 
 
 # What was run once: the table, and how it was measured, by its settings.
@@ -66,6 +74,7 @@ _SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
         "{num_steps} steps, {num_observations} observations, width {width}, "
         "{repeats} repeats",
     ),
+    "peers": (_peers, "{num_times} save times, {repeats} repeats"),
     "rnn_accuracy": (rnn_accuracy.table, "Newton's method"),
     "thresholds": (thresholds.table, "at most {repeats} repeats"),
     "training_loops": (training_loops.summary, "{repeats} repeats"),

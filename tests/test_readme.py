@@ -16,6 +16,8 @@ each_page = pytest.mark.parametrize(
 def test_every_table_and_number_is_written_from_results(path):
     text = path.read_text()
     assert filled_in(text) == text
+    # At the beginning of a line, a comment would end the paragraph.
+    assert not re.findall(r"^<!-- number.*", text, flags=re.MULTILINE)
 
 
 def test_every_number_is_used():

@@ -1,0 +1,37 @@
+"""Brings what lies outside of `notebooks/` into the site, and links to it."""
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+_ROOT = Path(__file__).parents[1]
+_MOVED = {"CHANGELOG.md": "changes.md", ".github/SECURITY.md": "security.md"}
+# As they stand in the repository, and on the site.
+_LINKS = {f"](../{old})": f"]({new})" for old, new in _MOVED.items()} | {
+    "](../experiments/": "](experiments/"
+}
+_LINKS_OF_EXPERIMENTS = {
+    "](../notebooks/": "](../",
+    "](../README.md)": "](../index.md)",
+}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds pages, and the pictures and the code that they refer to."""
+    folder = _ROOT / "experiments"
+    paths = [folder / "README.md", folder / "common" / "solvers.py"]
+    paths += sorted((folder / "results").rglob("*.png"))
+    names = {str(path.relative_to(_ROOT)): path for path in paths}
+    names |= {new: _ROOT / old for old, new in _MOVED.items()}
+    for name, path in names.items():
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turns links between files of the repository into links between pages."""
+    of_experiments = page.file.src_uri.startswith("experiments/")
+    for old, new in (_LINKS_OF_EXPERIMENTS if of_experiments else _LINKS).items():
+        markdown = markdown.replace(old, new)
+    return markdown
