@@ -18,6 +18,7 @@ from ._custom_types import Args, RealScalarLike, Y
 from ._method import Newton
 from ._ode.deer_solver import DEERSolver
 from ._ode.grid_solve import plan
+from ._ode.grids import Equidistributed
 from ._ode.whole_interval import WholeInterval
 from ._ravel import promoted, ravel
 
@@ -36,8 +37,8 @@ class Advice(eqx.Module):
         `dt0=None`. The sequential solver unless another is 1.15 times as fast.
     - `sequential_solver`, `num_steps`: the adaptive solver, and its accepted steps.
     - `stiff`: whether that is `Kvaerno5`, since it takes a tenth of at least 256 steps.
-    - `lyapunov`, `duration`: the largest Lyapunov exponent, per unit of time, and the
-        length of the interval. The exponent says little if their product is small.
+    - `lyapunov`, `duration`: the largest Lyapunov exponent; length of the interval.
+    - `equidistributed_steps`: so many are enough for `Equidistributed(rtol, atol)`.
     - `grid_steps`: so many equal steps are as short as all but a tenth of the adaptive
         ones. They are not tried if they are more than 4 times as many.
     - `cold_iterations`, `warm_iterations`: Newton's on this grid, and from its solution
@@ -55,6 +56,7 @@ class Advice(eqx.Module):
     stiff: bool
     lyapunov: float
     duration: float
+    equidistributed_steps: int
     grid_steps: int
     cold_iterations: int | None
     warm_iterations: int | None
@@ -69,9 +71,8 @@ class Advice(eqx.Module):
         rows["recommended"] = f"{', '.join(best)}, max_steps={rows.pop('max_steps')}"
         seconds = sorted((x, key) for key, x in self.seconds.items())
         first = next((x for x, key in seconds if key[:4] != "DEER"), np.nan)
-        lines = [f"{name:<18}{text}" for name, text in rows.items()]
-        lines += [f"{1e3 * x:8.3g} ms {first / x:5.2f}x {key}" for x, key in seconds]
-        return "\n".join(lines)
+        lines = [f"{1e3 * x:8.3g} ms {first / x:5.2f}x {key}" for x, key in seconds]
+        return "\n".join([f"{name:<22}{x}" for name, x in rows.items()] + lines)
 
 
 def advise(
@@ -89,10 +90,10 @@ def advise(
 ) -> Advice:
     """Times the ways to solve and differentiate a problem on this device.
 
-    These are the sequential solver, `DEERSolver` with its steps, and `DEERSolver` with
-    equal steps, by default and, unless chaotic or large, by Newton's method; less those
-    that fail, or have ten times the error of the first. They differentiate the sum of
-    squares of the final state with respect to `y0` and the inexact arrays of `args`.
+    These are the sequential solver, `DEERSolver` with its steps, equidistributed from a
+    cold start (a warm one is faster), and equal, unless chaotic or large also by
+    Newton's method; less those that fail, or have ten times the error of the first. The
+    gradient is that of the sum of squares of the final state, by `y0` and `args`.
 
     **Arguments:**
 
@@ -104,7 +105,7 @@ def advise(
     **Raises:** `TypeError` or `ValueError` for arguments of the wrong type or range,
     an SDE, a `jax.custom_vjp`, and in `jax.jit`; `RuntimeError` if `t1` is not reached.
 
-    **Cost:** compiles about eight solves, 20 to 60 seconds; times them for 1 to 10.
+    **Cost:** compiles about nine solves, 20 to 70 seconds; times them for 1 to 10.
     """
     deer = DEERSolver() if solver is None else solver
     check_count("batch_size", batch_size)
@@ -118,28 +119,27 @@ def advise(
 
     inner, sol = _sequential(solve, deer.solver, pid, max_steps)
     stiff, num_steps = inner is not deer.solver, int(sol.stats["num_accepted_steps"])
-    make = lambda n, method: DEERSolver(inner, n, method, deer.gradient, deer.guess)
+    make = ft.partial(DEERSolver, inner, gradient=deer.gradient, guess=deer.guess)
+    fixed = lambda *how, **more: (make(*how, **more), WholeInterval(), DEERAdjoint())
     ts = np.asarray(sol.ts)[: num_steps + 1]
     lengths, duration = np.abs(np.diff(ts)), abs(float(t1 - t0))
     lyapunov, size = _lyapunov(make(1, None), (terms, y0, args), ts, lengths)
     grid_steps = int(np.ceil(duration / np.quantile(lengths, 0.1)))
+    few, own = int(1.1 * num_steps) + 2, (make(1, deer.method), pid, DEERAdjoint())
     first, iterations = (inner, pid, diffrax.RecursiveCheckpointAdjoint()), (None, None)
-    candidates = [first, (make(1, deer.method), pid, DEERAdjoint())]
+    candidates = [first, own, fixed(few, deer.method, grid=Equidistributed(rtol, atol))]
     if grid_steps <= _MAX_UNEVEN * num_steps:
-        grids = [make(grid_steps, deer.method)]
-        pays = lyapunov * duration <= _MAX_GROWTH and batch_size * size**2 <= _MAX_SIZE
-        if pays and not isinstance(grids[0].choices(terms, t0, y0, args)[0], Newton):
-            grids.append(make(grid_steps, Newton()))
-        candidates += [(grid, WholeInterval(), DEERAdjoint()) for grid in grids]
-        iterations = (
-            _iterations(solve, candidates[-1], y0, args) if pays else iterations
-        )
+        candidates.append(fixed(grid_steps, deer.method))
+        if lyapunov * duration <= _MAX_GROWTH and batch_size * size**2 <= _MAX_SIZE:
+            found, _ = candidates[-1][0].choices(terms, t0, y0, args)
+            candidates += [fixed(grid_steps, Newton())] * (type(found) is not Newton)
+            iterations = _iterations(solve, candidates[-1], y0, args)
     # Few more than it took: `DEERAdjoint` keeps a record of so many.
     max_steps = max(16, 2 ** (int(sol.stats["num_steps"]) * 5 // 4).bit_length())
     seconds = _seconds(solve, (y0, args), candidates, batch_size, max_steps)
     weight = lambda x: 1.0 if x is first else _MIN_SPEED_UP
     best = min(candidates, key=lambda x: weight(x) * seconds.get(_label(*x), np.inf))
-    rest = lyapunov, duration, grid_steps, *iterations, seconds, size, batch_size
+    rest = lyapunov, duration, few, grid_steps, *iterations, seconds, size, batch_size
     return Advice(*best, max_steps, inner, num_steps, stiff, *rest)  # pyright: ignore
 
 

@@ -14,6 +14,7 @@ of one sample in float64. Timings are in float32, with `Kvaerno5` in float64.
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -270,7 +271,7 @@ class _Accurate:
             largest = jnp.max(jnp.abs(exact), axis=1, keepdims=True)
             parts = jnp.abs(found - exact) / jnp.where(largest == 0, 1, largest)
             error = max(error, float(jnp.max(jnp.nan_to_num(parts, nan=jnp.inf))))
-        return min(error, 1e300)  # JSON knows no infinity.
+        return error
 
     def _adaptive(self, solver: Any, max_steps: int) -> Callable[[float], Outcome]:
         control = lambda interval: adaptive(interval) | {"max_steps": max_steps}
@@ -335,7 +336,8 @@ def _precision(accurate: _Accurate, tolerance: float) -> dict[str, Any]:
         counts *= 2
     reached = equal[-1]["num_steps"] if equal[-1]["error"] <= error else None
     sizes = {"num_accepted": accepted, "num_steps": count, "matched_steps": reached}
-    return sizes | {"errors": errors, "equal": equal}
+    finite = lambda x: x if math.isfinite(x) else None  # JSON knows no infinity.
+    return sizes | jax.tree.map(finite, {"errors": errors, "equal": equal})
 
 
 # ---- Work ----
@@ -351,6 +353,13 @@ def _with_arguments(prepared: Prepared, *arguments: Any) -> Prepared:
     """The same program, to be timed with other arguments."""
     compiled = dataclasses.replace(prepared.compiled, arguments=arguments, seconds=[])
     return Prepared(compiled, compiled.call(), prepared.seconds)
+
+
+def _seconds(prepared: Prepared) -> float:
+    """What a call takes that is not the first."""
+    begin = time.perf_counter()
+    prepared.compiled.call()
+    return time.perf_counter() - begin
 
 
 class _Controlled:
@@ -396,7 +405,7 @@ def _on_grids(
     if matched is None:
         detail = f"not reached in {_MOST_STEPS} steps"
         yield "matched", {"skipped": {"why": "error", "detail": detail}}
-    elif (expected := first.seconds * matched / count) > max_seconds:
+    elif (expected := _seconds(first) * matched / count) > max_seconds:
         yield "matched", too_slow(expected)
     else:
         yield "matched", prepare(program(matched), (*here, None), 8.0)
@@ -475,7 +484,8 @@ def precision_table(results: dict[str, Any]) -> str:
         row = [cell["title"], f"{cell['tolerance']:.0e}", str(cell["num_accepted"])]
         row += [str(cell["num_steps"]), f"{errors['pid']:.0e}"]
         found = [cell["equal"][0]["error"], *(errors[name] for name in names)]
-        rows.append([*row, *(f"{x / errors['pid']:.2g}×" for x in found)])
+        ratios = [None if x is None else x / errors["pid"] for x in found]
+        rows.append([*row, *("failed" if x is None else f"{x:.2g}×" for x in ratios)])
     head = ("problem", "tolerance", "steps, PID", "N", "error, PID", "equal steps")
     passes = ("cold, 1 pass", "cold, 2 passes", "warm", f"{_NUM_WARM} times warm")
     return format_table((*head, *passes), rows)
@@ -503,11 +513,11 @@ def table(results: dict[str, Any]) -> str:
     return f"{precision_table(results)}\n\n{work_table(results)}"
 
 
-def _points(cell: dict[str, Any], name: str) -> tuple[float, float | None, float]:
+def _points(cell: dict[str, Any], name: str) -> tuple[Any, float | None, Any]:
     """Steps, milliseconds (of the smallest batch) and error of a method."""
     batch = cell["batches"][0]
     method = batch["methods"][name]
-    time = quartiles(method["seconds"])[1] if "seconds" in method else None
+    median = quartiles(method["seconds"])[1] if "seconds" in method else None
     first, last = cell["equal"][0], cell["equal"][-1]
     errors = cell["errors"]
     steps, error = {
@@ -518,7 +528,7 @@ def _points(cell: dict[str, Any], name: str) -> tuple[float, float | None, float
         "cold": (cell["num_steps"], errors["cold_2"]),
         "warm": (cell["num_steps"], errors["warm"]),
     }[name]
-    return steps, time, error
+    return steps, median, error
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -539,9 +549,10 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         for ax, which in zip(panels, (1, 0), strict=True):
             for style, lines in zip(STYLES, _LINES.items(), strict=True):
                 points = [_points(cell, name) for cell in cells for name in lines[1]]
-                kept = sorted((p[which], p[2]) for p in points if p[which] is not None)
-                kept = [p for p in kept if p[1] < 10]
-                ax.plot(*zip(*kept), **style, marker="o", ms=4, label=lines[0])  # noqa: B905
+                kept = [p for p in points if None not in (p[which], p[2]) and p[2] < 10]
+                kept = sorted((p[which], p[2]) for p in kept)
+                xs, ys = zip(*kept, strict=True) if kept else ((), ())
+                ax.plot(xs, ys, **style, marker="o", markersize=4, label=lines[0])
             ax.set(xscale="log", yscale="log")
             ax.set_title(title, fontsize="medium")
             ax.grid(alpha=0.3)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 import diffrax_deer
-from diffrax_deer import Advice, DEERSolver, Newton, advise
+from diffrax_deer import (
+    Advice,
+    DEERSolver,
+    Equidistributed,
+    Newton,
+    WholeInterval,
+    advise,
+)
 from diffrax_deer._advise import _lyapunov
 
 from .helpers import problems, relative_error
@@ -40,6 +47,17 @@ def _check_choice(advice: Advice) -> None:
         assert chosen == sequential
     else:
         assert advice.seconds[chosen] == fastest
+
+
+def _grids(advice: Advice) -> list[DEERSolver]:
+    """The solvers of the candidates that have one window."""
+    found = [_written(label) for label in advice.seconds]
+    return [x for x, controller, _ in found if type(controller) is WholeInterval]
+
+
+def _moving(advice: Advice) -> list[DEERSolver]:
+    """Those of them whose steps are not equal."""
+    return [x for x in _grids(advice) if type(x.grid) is Equidistributed]
 
 
 def _adaptive(terms: Any, solver: Any, problem: Any, tolerance: float) -> Any:
@@ -86,8 +104,12 @@ def test_an_oscillator_is_solved_to_the_tolerance_by_what_is_recommended():
     assert abs(advice.lyapunov) < 0.05
     cold, warm = advice.cold_iterations, advice.warm_iterations
     assert cold is not None and warm is not None and 1 <= warm <= cold <= 30
-    # The sequential solver, its steps, and equal ones made by both methods.
-    assert len(advice.seconds) == 4
+    # The sequential solver, its steps, where the error is, and equal ones made by both
+    # methods.
+    assert len(advice.seconds) == 5
+    steps = [x.num_steps for x in _moving(advice)]
+    assert steps == [advice.equidistributed_steps]
+    assert steps[0] == int(1.1 * advice.num_steps) + 2
     assert sum("Newton()" in label for label in advice.seconds) == 1
 
     solved = diffrax.diffeqsolve(
@@ -139,8 +161,8 @@ def test_robertson_is_stiff_and_gets_an_implicit_solver():
     problem = problems["linear"]._replace(y0=y0, args=args, t1=40.0)
     sequential = _adaptive(terms, diffrax.Kvaerno5(), problem, 1e-5)
     assert advice.num_steps == sequential.stats["num_accepted_steps"]
-    # Its steps grow by orders of magnitude.
-    assert not any("WholeInterval" in label for label in advice.seconds)
+    # Its steps grow by orders of magnitude: none of one window are equal.
+    assert _grids(advice) == _moving(advice)
     assert all("Kvaerno5" in label for label in advice.seconds)
 
 
@@ -160,7 +182,8 @@ def test_a_solver_of_ones_own_is_kept_and_a_quadrature_is_no_part_of_the_state()
     assert advice.warm_iterations is not None
     first, *others = [_written(label)[0] for label in advice.seconds]
     assert type(first) is diffrax.HalfSolver
-    assert [x.num_steps for x in others] == [1, advice.grid_steps]
+    steps = [1, advice.equidistributed_steps, advice.grid_steps]
+    assert [x.num_steps for x in others] == steps
     assert all(x.method == solver.method for x in others)
 
 
@@ -170,7 +193,7 @@ def test_equal_steps_that_miss_something_are_left_out():
     advice = advise(diffrax.ODETerm(field), 0.0, 100.0, jnp.array(0.0))
     _check_choice(advice)
     assert advice.grid_steps <= 4 * advice.num_steps
-    assert not any("WholeInterval" in label for label in advice.seconds)
+    assert _grids(advice) == _moving(advice) != []
 
 
 # ---- Refused ----
