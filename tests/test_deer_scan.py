@@ -769,7 +769,7 @@ def test_infinite_carries_are_those_of_lax_scan_one_after_another():
             )
             largest = lax.stop_gradient(jnp.max(a, axis=0))
             largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-            total = jnp.sum(jnp.exp(a - largest), axis=0)
+            total = jnp.sum(jnp.exp(a - largest[None]), axis=0)
             some = total > 0
             alpha = largest + jnp.log(jnp.where(some, total, 1.0))
             return jnp.where(some, alpha, -jnp.inf), None

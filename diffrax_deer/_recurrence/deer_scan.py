@@ -289,8 +289,7 @@ def deer_scan(
     is_default = method is None and gradient is None
     is_scan = isinstance(method, Sequential) and gradient is None
     trace = recurrence.trace() if num_steps > 0 else None
-    is_left = is_default and trace is not None and _has_custom_vjp(trace[0].jaxpr)
-    if trace is None or is_scan or is_left:
+    if trace is None or is_scan or (is_default and _has_custom_vjp(trace[0].jaxpr)):
         carry, ys, statistics = recurrence.scan(is_scan)
     else:
         carry, ys, statistics = recurrence.solve(trace, method, gradient, guess)
