@@ -145,17 +145,19 @@ _NO_FORWARD_MODE = (
     "What is solved in parallel is differentiated in forward mode, also for a "
     "gradient, and the vector field, or the function of a recurrence, contains a "
     "`jax.custom_vjp`, which JAX cannot differentiate so: one of yours, or a loop of "
-    'Equinox of kind="checkpointed". Use `jax.custom_jvp`, or kind="bounded", or '
-    "diffrax's own solvers."
+    'Equinox of kind="checkpointed"; or a callback. Use `jax.custom_jvp`, or '
+    'kind="bounded", or diffrax\'s own solvers; for the value alone '
+    "`method=Sequential()`."
 )
 
 
 @contextlib.contextmanager
 def explained() -> Generator[None, None, None]:
-    """Says what to do about a `jax.custom_vjp`."""
+    """Says what to do about a `jax.custom_vjp`, or a callback."""
     try:
         yield
-    except (NotImplementedError, TypeError) as error:
-        if "custom_lin" in str(error) or "custom_vjp" in str(error):
+    except (NotImplementedError, TypeError, ValueError) as error:
+        marks = "custom_lin", "custom_vjp function", "callbacks do not support JVP"
+        if any(mark in str(error) for mark in marks):
             raise TypeError(_NO_FORWARD_MODE) from error
         raise

@@ -66,7 +66,8 @@ def evaluation_points(
 
 @eqx.filter_custom_jvp
 def _solve(step_map, y0, xs, *, guess, method, gradient, placeholder_x):
-    ys, statistics, aux = method(step_map, y0, xs, guess)
+    with explained():
+        ys, statistics, aux = method(step_map, y0, xs, guess)
     num_solved = statistics.num_solved
     if aux is None:
         points = evaluation_points(y0, xs, ys, num_solved, placeholder_x)

@@ -36,7 +36,7 @@ from diffrax_deer._checks import check_noise, check_step_map
 Swap = Literal["none", "solver", "adjoint", "newton"]
 
 # The beginning of a test's name, and why it cannot pass. The documentation has the same
-# table, `notebooks/choose.md`.
+# table, `notebooks/failures.md`.
 EXPLAINED: dict[str, str] = {}
 
 # A test that takes longer counts as failed.

@@ -408,6 +408,31 @@ def test_window_without_solution_is_the_last(path):
         assert_equal(gradient[i, :count], e_gradient[i, :count], 1e-10)
 
 
+def test_rejected_windows_are_not_differentiated_where_the_field_has_no_derivative():
+    # The first ones begin where the square root has none: y = 0.
+    def run(p, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: p - jnp.sqrt(y)),
+            DEERSolver(diffrax.Heun(), num_steps=1),
+            0.0,
+            1.0,
+            None,
+            jnp.zeros(1),
+            p,
+            stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-5),
+            adjoint=adjoint,
+            max_steps=512,
+        )
+        return sol.ys[-1, 0], sol.stats["num_rejected_steps"]
+
+    gradient = jax.value_and_grad(run, has_aux=True)
+    (value, num_rejected), found = gradient(0.3, DEERAdjoint())
+    assert num_rejected > 0
+    difference = run(0.3 + 1e-5, _SEQUENTIAL)[0] - run(0.3 - 1e-5, _SEQUENTIAL)[0]
+    assert_equal(value, run(0.3, _SEQUENTIAL)[0], 1e-12)
+    assert_equal(found, difference / 2e-5, 1e-3)
+
+
 def test_window_that_is_rejected_leaves_no_nan():
     # The first one is too long: the field is NaN where it leads.
     field = lambda t, y, args: -args * jnp.sqrt(y) * (1 + 40 * jnp.sin(9 * t) ** 2)

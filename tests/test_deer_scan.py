@@ -758,3 +758,35 @@ def test_custom_vjp_is_an_error_where_newton_is_asked_for(method):
     loss = lambda h: _loss(scan(lambda h, x: (_directly(_W, h, x), h), h, _X))
     with pytest.raises(TypeError, match=r"contains a `jax.custom_vjp`.*cannot"):
         jax.grad(loss)(_H)
+
+
+def test_infinite_carries_are_those_of_lax_scan_one_after_another():
+    # The forward algorithm, with states that cannot be reached at first.
+    def loss(scan, weights):
+        def step(alpha, _):
+            a = alpha[:, None] + jnp.where(
+                weights > 0, jnp.log(weights + 1e-9), -jnp.inf
+            )
+            largest = lax.stop_gradient(jnp.max(a, axis=0))
+            largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+            total = jnp.sum(jnp.exp(a - largest[None]), axis=0)
+            some = total > 0
+            alpha = largest + jnp.log(jnp.where(some, total, 1.0))
+            return jnp.where(some, alpha, -jnp.inf), None
+
+        alpha, _ = scan(step, jnp.array([0.0, -jnp.inf, -jnp.inf]), None, 6)
+        return alpha[2]
+
+    weights = jnp.array([[0.8, 0.2, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]])
+    one_by_one = ft.partial(deer_scan, method=Sequential())
+    found = jax.value_and_grad(ft.partial(loss, one_by_one))(weights)
+    expected = jax.value_and_grad(ft.partial(loss, lax.scan))(weights)
+    assert np.isfinite(expected[0])
+    _assert_equal(found, expected, 1e-14, 1e-13)
+
+
+@pytest.mark.raises
+def test_infinite_carry_of_newton_names_the_remedy():
+    run = lambda init: _newton(lambda h, x: (h + x, h), init, jnp.ones((4, 1)))
+    with pytest.raises(Exception, match=r"method=Sequential\(\)` is"):
+        jax.block_until_ready(jax.jit(run)(jnp.full(1, -jnp.inf)))

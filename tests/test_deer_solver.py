@@ -565,10 +565,14 @@ def test_field_without_forward_derivative_is_explained():
 
     sine.defvjp(lambda y: (sine(y), y), lambda y, c: (c * jnp.cos(y),))
 
-    def loss(rate):
+    def echo(y):
+        like = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return jax.pure_callback(lambda y: y, like, y, vmap_method="sequential")
+
+    def loss(rate, f=sine, method=None):
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, rate: rate * sine(y)),
-            DEERSolver(num_steps=4),
+            diffrax.ODETerm(lambda t, y, rate: rate * f(y)),
+            DEERSolver(num_steps=4, method=method),
             0.0,
             1.0,
             None,
@@ -580,6 +584,10 @@ def test_field_without_forward_derivative_is_explained():
 
     with pytest.raises(TypeError, match=r"`jax.custom_vjp`.*Use `jax.custom_jvp`"):
         jax.grad(loss)(jnp.array(1.0))
+    # Newton's method differentiates for the value, too.
+    for f in (sine, echo):
+        with pytest.raises(TypeError, match=r"callback.*`method=Sequential\(\)`"):
+            loss(jnp.array(1.0), f, Newton())
 
 
 def test_solver_may_be_an_argument_of_a_compiled_function():

@@ -28,7 +28,7 @@ from .._defaults import MAX_RECORD_TIMES, NUM_SKIPPED_GROUPS, group_size
 from .._gradient import AbstractGradient
 from .._method import Given
 from .._ode.grid_solve import Trajectory, solve_grid
-from .._prefix import select, with_derivative_of
+from .._prefix import hold_last, with_derivative_of
 from .._ravel import ravel
 from .._varying import uniform
 from .loop_state import LoopState, Outcome, Windows, as_arrays
@@ -152,22 +152,23 @@ class _Replay(eqx.Module):
         """The state after the windows from `first` on, and what is saved in them."""
         windows, size = self.windows, self.num_windows
         part = lambda x: lax.dynamic_slice_in_dim(x, first, size)
-        index = first + jnp.arange(size + 1)
-        # Windows that were not made have no length; nor have those that were rejected.
+        # Those that were kept, in order: what was rejected moves nothing, and a step of
+        # length zero may have no derivative.
+        kept = part(self.records.keep) & (first + jnp.arange(size) < num_made)
+        num_kept = jnp.sum(kept, dtype=int)
+        order = jnp.nonzero(kept, size=size, fill_value=0)[0]
         ends = lax.dynamic_slice_in_dim(starts, first, size + 1)
-        ends = jnp.where(index <= num_made, ends, lax.stop_gradient(starts[num_made]))
-        kept = part(self.records.keep) & (index[:-1] < num_made)
-        # Nothing moves in a window that was rejected.
-        recorded = part(self.records.ys)
-        latest = lax.cummax(jnp.where(kept, jnp.arange(size), -1))
-        start = jax.vmap(select, (0, 0, None))(latest >= 0, recorded[latest, -1], y)
-        start = jnp.broadcast_to(start[:, None], recorded.shape)
-        ys = jax.vmap(select)(kept, recorded, start).reshape(-1, y.size)
+        ends = jnp.concatenate([ends[:1], ends[1:][order]])
+        here = jnp.arange(size + 1) <= num_kept
+        ends = jnp.where(here, ends, lax.stop_gradient(ends[num_kept]))
+        kept, recorded = here[1:], part(self.records.ys)[order]
+        ys = recorded.reshape(-1, y.size)
         num_steps, inner = windows.solver.window_steps, windows.inner_step(self.state.y)
         # A fixed grid looks at nothing but the ends.
         place, state = windows.solver.places.place, self.state.solver_state
         ts, _ = place(inner, ends, num_steps, y, state)
-        num_solved = jnp.clip(num_made - first, 0, size) * num_steps
+        num_solved = num_kept * num_steps
+        ys = hold_last(y, ys, num_solved)
         trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)

@@ -31,7 +31,9 @@ from .._varying import varies
 
 _FAILURES = [
     "`deer_scan`: a carry became infinite or NaN. `throw=False` returns NaN from the "
-    "first such step on; `return_statistics=True` says which one that is.",
+    "first such step on; `return_statistics=True` says which one that is. Where a "
+    "carry is meant to be infinite, as the logarithm of zero, `method=Sequential()` is "
+    "`jax.lax.scan` itself.",
     "`deer_scan`: not converged within `max_iterations`. With `max_iterations=None` it "
     "always is; a `guess` or another `linearization` can make it faster.",
 ]
@@ -102,13 +104,16 @@ class _Recurrence(eqx.Module):
         cast = lambda new, old: jnp.asarray(new, old.dtype)
         return jax.tree.map(cast, new, carry), y
 
-    def scan(self) -> tuple[PyTree[Array], PyTree[Array], Statistics]:
+    def scan(
+        self, may_be_infinite: bool
+    ) -> tuple[PyTree[Array], PyTree[Array], Statistics]:
         """`jax.lax.scan` itself, with its own gradient."""
 
         def step(carry, x):
             carry, y = self._step(carry, x)
             floats = jax.tree.leaves(eqx.filter(carry, eqx.is_inexact_array))
-            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in floats]
+            is_value = lambda x: ~jnp.isnan(x) if may_be_infinite else jnp.isfinite(x)
+            finite = [jnp.all(is_value(leaf)) for leaf in floats]
             return carry, (y, jnp.all(jnp.array(finite, bool)))
 
         length = self.num_steps
@@ -231,8 +236,9 @@ def deer_scan(
     in `f` rules out forward-mode derivatives, the default is `jax.lax.scan` itself.
 
     - `method`: how the carries are found, `Newton(...)` all at once or `Sequential()`
-        one after another. `None` means `Sequential()` on a CPU, elsewhere `Newton()` up
-        to D = 32.
+        one after another. `None` means the same on a CPU, elsewhere `Newton()` up to
+        D = 32. With `Sequential()` and no `gradient` it is `jax.lax.scan` itself, whose
+        carries may be infinite.
     - `gradient`: how they are differentiated, `ParallelGradient()`,
         `MatrixFreeGradient()` or `SequentialGradient()`. `None` means on a CPU
         `ParallelGradient()` where D² times the batch is at most 256, else
@@ -248,7 +254,7 @@ def deer_scan(
 
     **Raises:** what `jax.lax.scan` raises for arguments that do not fit; `TypeError` or
     `ValueError` for other arguments of the wrong type or shape. A carry that becomes
-    infinite or NaN is a failure.
+    infinite or NaN is a failure; where it is `jax.lax.scan` itself, only NaN.
 
     **Cost** of N steps and a carry of D real components: that of the method and of the
     gradient. A recurrence that acts on each component alone has diagonal Jacobians:
@@ -281,9 +287,10 @@ def deer_scan(
         xs, guess = jax.tree.map(lambda x: jnp.asarray(x)[::-1], (xs, guess))
     recurrence = _Recurrence(f, init, xs, num_steps)
     is_default = method is None and gradient is None
+    is_scan = isinstance(method, Sequential) and gradient is None
     trace = recurrence.trace() if num_steps > 0 else None
-    if trace is None or (is_default and _has_custom_vjp(trace[0].jaxpr)):
-        carry, ys, statistics = recurrence.scan()
+    if trace is None or is_scan or (is_default and _has_custom_vjp(trace[0].jaxpr)):
+        carry, ys, statistics = recurrence.scan(is_scan)
     else:
         carry, ys, statistics = recurrence.solve(trace, method, gradient, guess)
     if throw:
