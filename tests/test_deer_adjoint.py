@@ -436,7 +436,7 @@ def test_rejected_windows_are_not_differentiated_where_the_field_has_no_derivati
 def test_interval_of_length_zero_has_no_derivative_for_its_end():
     # As with diffrax's own adjoints. The controller divides by the number of steps.
     def run(t1):
-        return diffrax.diffeqsolve(
+        sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -y),
             DEERSolver(diffrax.Heun(), num_steps=1),
             0.0,
@@ -445,8 +445,13 @@ def test_interval_of_length_zero_has_no_derivative_for_its_end():
             jnp.ones(1),
             stepsize_controller=diffrax.ConstantStepSize(),
             adjoint=DEERAdjoint(),
+            saveat=diffrax.SaveAt(t1=True, made_jump=True),
             max_steps=16,
-        ).ys[-1, 0]
+        )
+        # Known while tracing.
+        assert sol.made_jump is False
+        assert sol.ys is not None
+        return sol.ys[-1, 0]
 
     assert jax.value_and_grad(run)(0.0) == (1.0, 0.0)
 
