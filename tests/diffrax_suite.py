@@ -35,8 +35,8 @@ from diffrax_deer._checks import check_noise, check_step_map
 
 Swap = Literal["none", "solver", "adjoint", "newton"]
 
-# The beginning of a test's name, and why it cannot pass. The documentation has the same
-# table, `notebooks/failures.md`.
+# The beginning of a test's name, and why it cannot pass. `notebooks/failures.md` has to
+# say so, too.
 EXPLAINED: dict[str, str] = {}
 
 # A test that takes longer counts as failed.

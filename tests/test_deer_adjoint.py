@@ -433,6 +433,29 @@ def test_rejected_windows_are_not_differentiated_where_the_field_has_no_derivati
     assert_equal(found, difference / 2e-5, 1e-3)
 
 
+def test_interval_of_length_zero_has_no_derivative_for_its_end():
+    # As with diffrax's own adjoints. The controller divides by the number of steps.
+    def run(t1):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            DEERSolver(diffrax.Heun(), num_steps=1),
+            0.0,
+            t1,
+            0.1,
+            jnp.ones(1),
+            stepsize_controller=diffrax.ConstantStepSize(),
+            adjoint=DEERAdjoint(),
+            saveat=diffrax.SaveAt(t1=True, made_jump=True),
+            max_steps=16,
+        )
+        # Known while tracing.
+        assert sol.made_jump is False
+        assert sol.ys is not None
+        return sol.ys[-1, 0]
+
+    assert jax.value_and_grad(run)(0.0) == (1.0, 0.0)
+
+
 def test_window_that_is_rejected_leaves_no_nan():
     # The first one is too long: the field is NaN where it leads.
     field = lambda t, y, args: -args * jnp.sqrt(y) * (1 + 40 * jnp.sin(9 * t) ** 2)

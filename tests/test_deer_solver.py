@@ -569,7 +569,7 @@ def test_field_without_forward_derivative_is_explained():
         like = jax.ShapeDtypeStruct(y.shape, y.dtype)
         return jax.pure_callback(lambda y: y, like, y, vmap_method="sequential")
 
-    def loss(rate, f=sine, method=None):
+    def loss(rate, f: Any = sine, method=None):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, rate: rate * f(y)),
             DEERSolver(num_steps=4, method=method),

@@ -124,16 +124,20 @@ class _Replay(eqx.Module):
         Of the states only the derivative is right, not the value.
         """
         windows, state = self.windows, self.state
-        interval = state.t_prev, state.t_next, state.controller_state
+        # A window that failed is the last one, and not a part of the solution.
+        success = self.last.result == diffrax.RESULTS.successful
+        num_made = self.last.num_steps - jnp.where(success, 0, 1)
+        # A controller may divide by the number of windows it has planned.
+        is_empty = windows.t0 == windows.t1
+        count = lambda x: jnp.where(is_empty, jnp.ones_like(x), x)
+        controller_state = jax.tree.map(count, state.controller_state)
+        interval = state.t_prev, state.t_next, controller_state
         starts = _starts(
             (windows.controller, windows.t1, interval),
             y=lax.stop_gradient(y0),
             order=windows.solver.error_order(windows.terms),
             records=self.records,
         )
-        # A window that failed is the last one, and not a part of the solution.
-        success = self.last.result == diffrax.RESULTS.successful
-        num_made = self.last.num_steps - jnp.where(success, 0, 1)
 
         def group(carry, index):
             y, saved = carry

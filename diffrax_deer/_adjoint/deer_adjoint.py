@@ -194,7 +194,7 @@ def _finish(
         dense_save_index=index,
         solver_state=state.solver_state,
         controller_state=state.controller_state,
-        made_jump=state.made_jump,
+        made_jump=False if init_state.made_jump is False else state.made_jump,
         progress_meter_state=meter,
         num_steps=state.num_steps,
         num_accepted_steps=state.num_accepted,
