@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 _ROOT = Path(__file__).parents[1]
@@ -15,6 +16,8 @@ _LINKS_OF_EXPERIMENTS = {
     "](../notebooks/": "](../",
     "](../README.md)": "](../index.md)",
 }
+# Material shows its navigation from 1220 pixels on; here from 960.
+_WIDTHS = {"76.25em": "60em", "76.234375em": "59.984375em"}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -35,3 +38,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for old, new in (_LINKS_OF_EXPERIMENTS if of_experiments else _LINKS).items():
         markdown = markdown.replace(old, new)
     return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """Shows the navigation on narrower screens; the theme has no setting for it."""
+    assets = Path(config.site_dir) / "assets"
+    for name in ("stylesheets/main", "stylesheets/palette", "javascripts/bundle"):
+        (path,) = assets.glob(f"{name}.*s")
+        text = path.read_text()
+        if "76.25em" not in text:
+            msg = f"{path.name} has no width of 76.25em any more: see `_WIDTHS`."
+            raise PluginError(msg)
+        for old, new in _WIDTHS.items():
+            text = text.replace(old, new)
+        path.write_text(text)

@@ -71,7 +71,8 @@ GRID_RATE, MAX_GRID_WEIGHT = 0.1, 10
 
 # `deer_solve`: iterations, and the smallest part of an update that is tried. Not
 # measured.
-MAX_DAMPED_ITERATIONS, MIN_DAMPING = 100, 2.0**-12
+MAX_DAMPED_ITERATIONS = 100
+MIN_DAMPING = 2.0**-12
 
 # --- How steps are made and differentiated ------------------------------------------
 
