@@ -306,7 +306,7 @@ def test_every_way_to_save_and_a_warm_start_have_all_components(adjoint):
     expected = steps.at(jnp.append(ts, 1.0))
     assert_equal(ys, expected, 1e-12)
     assert_equal(between, jax.tree.map(lambda y: y[1], expected), 1e-12)
-    assert state.ys.shape == (_N + 1, 5)
+    assert state.ys.shape == (_N, 5)
     *_, again = run(_Y0, state)
     assert int(again.num_iterations) < int(state.num_iterations)
 
