@@ -14,6 +14,7 @@ from experiments import (
     cnf,
     convergence,
     deer_adjoint,
+    grids,
     iterates,
     long_horizon,
     neural_ode_classifier,
@@ -45,6 +46,7 @@ _SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
         deer_adjoint.table,
         "{num_steps} steps, {num_save_times} save times, batch {batch_size}",
     ),
+    "grids": (grids.table, "at most {repeats} repeats"),
     "iterates": (iterates.table, "{num_steps} steps of Dopri5"),
     "convergence": (convergence.table, "tolerance of the iteration 2e-12"),
     "quadratures": (
