@@ -188,6 +188,8 @@ class Config(TimedConfig):
         problems: Names of problems; none means all.
         tolerances: Of the controller, relative and absolute.
         batch_sizes: Initial values, solved under `jax.vmap`.
+        every: Whether all batches are timed at all tolerances, else those after the
+            first at the first tolerance alone, where there is least to be gained.
         cell_seconds: What all timed calls of a problem, tolerance and batch may take.
         max_seconds: As many equal steps as have the error of the controller are not
             timed where one call is expected to take longer.
@@ -196,6 +198,7 @@ class Config(TimedConfig):
     problems: tuple[str, ...] = ()
     tolerances: tuple[float, ...] = (1e-4, 1e-6)
     batch_sizes: tuple[int, ...] = (1, 64)
+    every: bool = False
     cell_seconds: float = 3.0
     max_seconds: float = 0.25
     repeats: int = 20
@@ -247,6 +250,15 @@ def _num_steps(found: Outcome) -> tuple[int, int]:
 # ---- Precision ----
 
 
+def _quickly_compiled(function: Callable) -> Any:
+    """Of `jax.jit`, for what is not timed."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(function, compiler_options=options)
+
+
 class _Accurate:
     """Errors of the first sample, in float64, of what is found by any method."""
 
@@ -262,7 +274,7 @@ class _Accurate:
         tolerance = 1e-10 if case.implicit else 1e-12
         self.exact = self._adaptive(tight, 100_000)(tolerance).ys
         self.adaptive = self._adaptive(self.solver, 4096)
-        self._equal = jax.jit(self._equal_steps)
+        self._equal = _quickly_compiled(self._equal_steps)
 
     def error(self, ys: Any) -> float:
         """The largest at any time, relative to the largest value of a component."""
@@ -278,14 +290,11 @@ class _Accurate:
         method = Method("", solver, control)
 
         def solve(tolerance):
-            function = self.function(method, self.workload, tolerance)
+            options = {"tolerance": tolerance, "throw": False}
+            function = make_function(method, "forward", self.workload, **options)
             return function(self.workload.params, self.workload.y0s, None)
 
-        return jax.jit(solve)
-
-    def function(self, method: Method, workload: Workload, tolerance: Any = None):
-        """A solve without derivatives, of parameters, initial values and states."""
-        return make_function(method, "forward", workload, tolerance, throw=False)
+        return _quickly_compiled(solve)
 
     def _equal_steps(self, step: Any) -> Any:
         w = self.workload
@@ -315,7 +324,8 @@ class _Accurate:
         here, moved = (workload.params, workload.y0s), _moved(workload)
         for passes in (1, 2):
             method = equidistributed(self.solver, tolerance, passes)
-            solve = self.function(method, workload)
+            solve = make_function(method, "forward", workload, throw=False)
+            solve = _quickly_compiled(solve)
             cold = workload.cold_states(method)
             errors[f"cold_{passes}"] = self.error(solve(*here, cold).ys)
         found = solve(moved.params, moved.y0s, cold)
@@ -464,7 +474,8 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
         for batch_size in config.batch_sizes:
             workload = case.first(batch_size)
             controlled = _Controlled(case, workload)
-            for cell in cells:
+            is_timed = config.every or batch_size == config.batch_sizes[0]
+            for cell in cells if is_timed else cells[:1]:
                 found = _work(case, workload, controlled, cell, config)
                 cell["batches"].append({"batch_size": batch_size} | found)
     print(f"{case.title}: done", flush=True)

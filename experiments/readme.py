@@ -17,6 +17,7 @@ from experiments import (
     cnf,
     convergence,
     deer_adjoint,
+    grids,
     iterates,
     kernels,
     long_horizon,
@@ -63,6 +64,7 @@ _SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
         deer_adjoint.table,
         "{num_steps} steps, {num_save_times} save times, batch {batch_size}",
     ),
+    "grids": (grids.table, "at most {repeats} repeats"),
     "iterates": (iterates.table, "{num_steps} steps of Dopri5"),
     "convergence": (convergence.table, "tolerance of the iteration 2e-12"),
     "quadratures": (
