@@ -86,9 +86,12 @@ class Case(NamedTuple):
         return diffrax.Kvaerno5() if self.implicit else diffrax.Dopri5()
 
     def first(self, batch_size: int) -> Workload:
-        """The first samples alone."""
+        """The first samples alone, at times in their precision."""
         y0s = jax.tree.map(lambda y: y[:batch_size], self.workload.y0s)
-        return dataclasses.replace(self.workload, y0s=y0s)
+        ts = self.workload.ts
+        if ts is not None:
+            ts = ts.astype(jax.tree.leaves(y0s)[0].dtype)
+        return dataclasses.replace(self.workload, y0s=y0s, ts=ts)
 
 
 def _mean_square(ys: Any) -> Array:
@@ -266,7 +269,8 @@ class _Accurate:
         double = lambda x: jnp.asarray(np.asarray(x), jnp.float64)
         first = case.first(1)
         params, y0s = jax.tree.map(double, (first.params, first.y0s))
-        self.workload = dataclasses.replace(first, params=params, y0s=y0s)
+        changed = {"params": params, "y0s": y0s, "ts": case.workload.ts}
+        self.workload = dataclasses.replace(first, **changed)
         self.solver = case.solver
         # Equal steps of an implicit solver need a tolerance that no controller has.
         self.strict = PROBLEMS["robertson"].solver if case.implicit else case.solver
@@ -463,14 +467,16 @@ def _work(
 
 def measure(name: str, config: Config) -> list[dict[str, Any]]:
     """One problem, at all tolerances and batch sizes."""
-    case = CASES[name](max(config.batch_sizes))
+    largest = max(config.batch_sizes)
+    # Timed in the precision that it is made in.
+    with jax.enable_x64(name in PROBLEMS and PROBLEMS[name].implicit):
+        case = CASES[name](largest)
     with jax.enable_x64(True):
         accurate, cells = _Accurate(case), []
         for tolerance in config.tolerances:
             head = {"problem": name, "title": case.title, "tolerance": tolerance}
             cells.append(head | _precision(accurate, tolerance) | {"batches": []})
     with jax.enable_x64(case.implicit):
-        case = CASES[name](max(config.batch_sizes)) if case.implicit else case
         for batch_size in config.batch_sizes:
             workload = case.first(batch_size)
             controlled = _Controlled(case, workload)
