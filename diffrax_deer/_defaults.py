@@ -68,6 +68,9 @@ GRID_CAPACITY, GRID_TOLERANCE, GRID_SHIFT = 4, 0.1, 0.1
 # steps) overflowed after ten solves, at 1/10 not in forty. Measured once, by a script
 # that is not committed.
 GRID_RATE, MAX_GRID_WEIGHT = 0.1, 10
+# A grid is placed anew where the largest error has grown by this factor since it was.
+# `experiments.grids`, `results/grids/cpu.json`: `walk`.
+GRID_GROWTH = 2
 
 # `deer_solve`: iterations, and the smallest part of an update that is tried. Not
 # measured.

@@ -5,7 +5,8 @@ python -m experiments.grids
 As many steps as a `PIDController` accepts at a tolerance, times 1.1 and two more: of
 equal length, and equidistributed, from a cold start and from the solution of before a
 step of training (parameters moved by 1e-3; where there are none, the initial value by
-one part in a thousand). Equal steps also as many as reach the error of the controller.
+one part in a thousand). So, too, along 20 such steps in the same direction. Equal steps
+also as many as reach the error of the controller.
 
 The error is the largest of any component at 100 times, relative to its largest value,
 of one sample in float64. Timings are in float32, with `Kvaerno5` in float64.
@@ -277,27 +278,34 @@ class _Accurate:
         self.strict = PROBLEMS["robertson"].solver if case.implicit else case.solver
         tight = diffrax.Kvaerno5() if case.implicit else diffrax.Dopri8()
         tolerance = 1e-10 if case.implicit else 1e-12
-        self.exact = self._adaptive(tight, 100_000)(tolerance).ys
-        self.adaptive = self._adaptive(self.solver, 4096)
+        self._adaptive_to = self._adaptive(self.solver, 4096)
+        self._here = self.workload.params, self.workload.y0s
+        tight_to = self._adaptive(tight, 100_000)
+        self._exact_at = lambda here: tight_to(tolerance, here).ys
+        self._exact = self._exact_at(self._here)
         self._equal = _quickly_compiled(self._equal_steps)
 
-    def error(self, ys: Any) -> float:
+    def adaptive(self, tolerance: float) -> Outcome:
+        """What the controller finds."""
+        return self._adaptive_to(tolerance, self._here)
+
+    def error(self, ys: Any, exact: Any = None) -> float:
         """The largest at any time, relative to the largest value of a component."""
-        error = 0.0
-        for found, exact in zip(*map(jax.tree.leaves, (ys, self.exact)), strict=True):
-            largest = jnp.max(jnp.abs(exact), axis=1, keepdims=True)
-            parts = jnp.abs(found - exact) / jnp.where(largest == 0, 1, largest)
+        error, trees = 0.0, (ys, self._exact if exact is None else exact)
+        for found, true in zip(*map(jax.tree.leaves, trees), strict=True):
+            largest = jnp.max(jnp.abs(true), axis=1, keepdims=True)
+            parts = jnp.abs(found - true) / jnp.where(largest == 0, 1, largest)
             error = max(error, float(jnp.max(jnp.nan_to_num(parts, nan=jnp.inf))))
         return error
 
-    def _adaptive(self, solver: Any, max_steps: int) -> Callable[[float], Outcome]:
+    def _adaptive(self, solver: Any, max_steps: int) -> Callable[..., Outcome]:
         control = lambda interval: adaptive(interval) | {"max_steps": max_steps}
         method = Method("", solver, control)
 
-        def solve(tolerance):
+        def solve(tolerance, here):
             options = {"tolerance": tolerance, "throw": False}
             function = make_function(method, "forward", self.workload, **options)
-            return function(self.workload.params, self.workload.y0s, None)
+            return function(*here, None)
 
         return _quickly_compiled(solve)
 
@@ -323,21 +331,30 @@ class _Accurate:
         ys = self._equal((self.workload.t1 - self.workload.t0) / num_steps)
         return self.error(jax.tree.map(lambda y: y[None], ys))
 
-    def equidistributed(self, num_steps: int, tolerance: float) -> dict[str, float]:
-        """Errors from a cold start with one and two passes, and from warm ones."""
+    def equidistributed(self, num_steps: int, tolerance: float) -> dict[str, Any]:
+        """Errors from a cold start with one and two passes, from a warm one, and of a
+        walk: the worst and the median in units of the controller's, and cold starts.
+        """
         errors, workload = {}, _with_steps(self.workload, num_steps)
-        here, moved = (workload.params, workload.y0s), _moved(workload)
         for passes in (1, 2):
             method = equidistributed(self.solver, tolerance, passes)
             solve = make_function(method, "forward", workload, throw=False)
             solve = _quickly_compiled(solve)
             cold = workload.cold_states(method)
-            errors[f"cold_{passes}"] = self.error(solve(*here, cold).ys)
-        found = solve(moved.params, moved.y0s, cold)
+            errors[f"cold_{passes}"] = self.error(solve(*self._here, cold).ys)
+        place, moved = self._here, _moved(workload)
+        state = solve(moved.params, moved.y0s, cold).state
+        errors["warm"] = self.error(solve(*place, state).ys)
+        state, bounds, ratios = solve(*place, cold).state, set(), []
         for _ in range(_NUM_WARM):
-            found = solve(*here, found.state)
-            errors.setdefault("warm", self.error(found.ys))
-        return errors | {"settled": self.error(found.ys)}
+            moved = _moved(dataclasses.replace(workload, params=place[0], y0s=place[1]))
+            place = moved.params, moved.y0s
+            state = (found := solve(*place, state)).state
+            bounds.add(float(state.error_bound[0]))
+            exact, control = self._exact_at(place), self._adaptive_to(tolerance, place)
+            ratios.append(self.error(found.ys, exact) / self.error(control.ys, exact))
+        walk = {"largest": max(ratios), "median": float(np.median(ratios))}
+        return errors | {"walk": walk | {"num_cold": len(bounds) - 1}}
 
 
 def _precision(accurate: _Accurate, tolerance: float) -> dict[str, Any]:
@@ -496,7 +513,7 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
 def precision_table(results: dict[str, Any]) -> str:
     """One line for each problem and tolerance: errors relative to the controller's."""
     rows = []
-    names = ("cold_1", "cold_2", "warm", "settled")
+    names = ("cold_1", "cold_2", "warm")
     for cell in results["cells"]:
         errors = cell["errors"]
         row = [cell["title"], f"{cell['tolerance']:.0e}", str(cell["num_accepted"])]
@@ -504,10 +521,13 @@ def precision_table(results: dict[str, Any]) -> str:
         found = [cell["equal"][0]["error"], *(errors[name] for name in names)]
         # Steps that are too long may end in numbers without a meaning.
         ratios = [math.inf if x is None else x / errors["pid"] for x in found]
-        rows.append([*row, *(f"{x:.2g}×" if x < 1e9 else "failed" for x in ratios)])
+        ratios += [errors["walk"][name] or math.inf for name in ("median", "largest")]
+        row += [f"{x:.2g}×" if x < 1e9 else "failed" for x in ratios]
+        rows.append([*row, str(errors["walk"]["num_cold"])])
     head = ("problem", "tolerance", "steps, PID", "N", "error, PID", "equal steps")
-    passes = ("cold, 1 pass", "cold, 2 passes", "warm", f"{_NUM_WARM} times warm")
-    return format_table((*head, *passes), rows)
+    passes = ("cold, 1 pass", "cold, 2 passes", "warm")
+    walk = ("walk, median", "walk, worst", "cold starts")
+    return format_table((*head, *passes, *walk), rows)
 
 
 def work_table(results: dict[str, Any]) -> str:

@@ -181,16 +181,19 @@ def test_warm_grids_go_towards_equal_errors(cold):
     assert np.max(last) / np.mean(last) < 0.5 * np.max(first) / np.mean(first)
 
 
-def test_warm_nodes_move_with_the_ends_and_a_failed_solve_is_none(cold):
+def test_warm_nodes_move_with_the_ends_unless_the_grid_is_out_of_date(cold):
     state = cold.solver_state
     warm = _compiled(_solver(), solver_state=state)
     later = _compiled(_solver(), t1=jnp.array(1.02 * _T1), solver_state=state)
     assert later.solver_state.ts[-1] == 1.02 * _T1
     np.testing.assert_allclose(_parts(later), _parts(warm), rtol=1e-12)
     assert np.max(np.abs(_parts(warm) - _parts(cold))) > 1e-4
-    failed = eqx.tree_at(lambda s: s.errors, state, state.errors.at[3].set(jnp.inf))
-    again = _compiled(_solver(), solver_state=failed)
-    np.testing.assert_array_equal(again.solver_state.ts, state.ts)
+    assert state.error_bound == 2 * np.max(state.errors)
+    # A failed solve, and one whose largest error has more than doubled.
+    for error in (jnp.inf, 2.1 * np.max(state.errors)):
+        stale = eqx.tree_at(lambda s: s.errors, state, state.errors.at[3].set(error))
+        again = _compiled(_solver(), solver_state=stale)
+        np.testing.assert_array_equal(again.solver_state.ts, state.ts)
     t1 = jnp.array(0.7 * _T1)
     far = _compiled(_solver(), t1=t1, solver_state=state)
     np.testing.assert_array_equal(far.ys, _compiled(_solver(), t1=t1).ys)

@@ -297,4 +297,4 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
             guess = initial_guess(self.guess, inner.terms, ts, y0, state, local)
         trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
         errors = grid.scaled_errors(trajectory) if grid.measures_errors else None
-        return trajectory, window_state(trajectory, errors)
+        return trajectory, window_state(trajectory, errors, state.error_bound)

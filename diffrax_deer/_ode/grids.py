@@ -62,8 +62,7 @@ class AbstractGrid(eqx.Module):
     """Where the steps of a window lie.
 
     One that is the same for all windows overrides `fractions`; others override `place`.
-
-    - `measures_errors`: whether the `WindowState` is to carry `scaled_errors`.
+    Where it `measures_errors`, the `WindowState` carries its `scaled_errors`.
     """
 
     measures_errors: ClassVar[bool] = False
@@ -98,17 +97,13 @@ class AbstractGrid(eqx.Module):
         - `y0`: the initial state, `(state,)`.
         - `state`: of the solve before.
 
-        **Returns:**
-
-        The times, `(windows * N + 1,)`. They have a derivative with respect to `ends`,
-        and none with respect to anything else.
+        Returns the times, `(windows * N + 1,)`, with a derivative for `ends` alone.
         """
         del inner, y0
         parts = self.fractions(num_steps)
         assert parts is not None
-        return between(
-            ends, jnp.broadcast_to(parts, (len(ends) - 1, len(parts)))
-        ), state
+        parts = jnp.broadcast_to(parts, (len(ends) - 1, len(parts)))
+        return between(ends, parts), state
 
 
 class Uniform(AbstractGrid):
@@ -127,7 +122,8 @@ class Equidistributed(AbstractGrid):
     factor that is chosen such that N steps are needed, and takes over where these lie.
     A warm start, with the `solver_state` of a solve of the same interval, makes none:
     the grid is that of the solve before, moved towards equal errors by what that solve
-    has measured. So a grid costs nothing in training, and settles along with it.
+    has measured. So a grid costs nothing in training, and settles along with it; once
+    the largest error has doubled since the last cold start, the next solve starts cold.
 
     - `rtol`, `atol`: as for `diffrax.PIDController`. Where the steps lie depends on the
         ratio of both alone. The errors of all steps are in `solver_state.errors`, in
@@ -177,24 +173,28 @@ class Equidistributed(AbstractGrid):
 
         def place(ends, y0, state):
             def warm():
-                weights = _weights(state.errors, order)
                 ys = jnp.concatenate([state.y0[None], state.ys])
-                return spread(state.ts, ys, weights, ends, num_steps)
+                found = state.ts, ys, _weights(state.errors, order)
+                return *spread(*found, ends, num_steps), state.error_bound
 
             def cold():
-                ts, ys, weights = self._search(inner, ends, y0, total, order)
-                return spread(ts, ys, weights, ends, num_steps)
+                found = self._search(inner, ends, y0, total, order)
+                infinite = jnp.full_like(state.error_bound, jnp.inf)
+                return *spread(*found, ends, num_steps), infinite
 
-            return lax.cond(eqxi.unvmap_all(_is_near(state, ends)), warm, cold)
+            fits = eqxi.unvmap_all(_fits(state, ends))
+            return lax.cond(fits, warm, cold)
 
         # All it closes over is made an argument, to have no derivative.
         place = eqx.filter_closure_convert(place, ends, y0, state)
         arrays, rest = eqx.partition((place, ends, y0, state), eqx.is_array)
         place, ends_, y0, state = eqx.combine(lax.stop_gradient(arrays), rest)
-        parts, ys = place(ends_, y0, state)
+        parts, ys, bound = place(ends_, y0, state)
         ts = between(ends, parts)
-        guess = lax.stop_gradient(ts), y0, ys[1:]
-        return ts, eqx.tree_at(lambda s: (s.ts, s.y0, s.ys), state, guess)
+        guess = lax.stop_gradient(ts), y0, ys[1:], bound
+        return ts, eqx.tree_at(
+            lambda s: (s.ts, s.y0, s.ys, s.error_bound), state, guess
+        )
 
     def _search(
         self,
@@ -252,7 +252,7 @@ class Equidistributed(AbstractGrid):
 
 
 def _check_error(inner: SolverStep, ends: Float[Array, " ends"], y0: State) -> None:
-    if eqx.filter_eval_shape(inner.full, (ends[0], ends[-1]), y0).error is None:
+    if eqx.filter_eval_shape(inner.full, (ends[0], ends[1]), y0).error is None:
         name = type(inner.solver).__name__
         msg = (
             f"`Equidistributed` needs a solver that estimates its error; `{name}` does "
@@ -261,13 +261,13 @@ def _check_error(inner: SolverStep, ends: Float[Array, " ends"], y0: State) -> N
         raise ValueError(msg)
 
 
-def _is_near(state: WindowState, ends: Float[Array, " ends"]) -> Bool[Array, ""]:
-    """Whether the state is that of a good solve of about the same interval."""
-    first, last = state.ts[0], state.ts[-1]
-    moved = jnp.abs(first - ends[0]) + jnp.abs(last - ends[-1])
-    assert state.errors is not None
-    good = jnp.all(jnp.isfinite(state.errors))
-    return good & (moved <= GRID_SHIFT * (ends[-1] - ends[0]))
+def _fits(state: WindowState, ends: Float[Array, " ends"]) -> Bool[Array, ""]:
+    """Whether the grid of the state is up to date, and of about the same interval."""
+    moved = jnp.abs(state.ts[0] - ends[0]) + jnp.abs(state.ts[-1] - ends[-1])
+    assert state.errors is not None and state.error_bound is not None
+    largest = jnp.max(state.errors)
+    fits = jnp.isfinite(largest) & (largest <= state.error_bound)
+    return fits & (moved <= GRID_SHIFT * (ends[-1] - ends[0]))
 
 
 def _weights(errors: Float[Array, " time"], order: Any) -> Float[Array, " time"]:
@@ -288,7 +288,7 @@ def spread(
 
     Returns which part of its window lies before each of the `num_steps + 1` nodes.
     """
-    before = jnp.concatenate([jnp.zeros(1, weights.dtype), jnp.cumsum(weights)])
+    before = jnp.pad(jnp.cumsum(weights), (1, 0))
     before = before / before[-1]
     first, last = _sides(interpolate(_parts(ts), before, _parts(ends)))
     levels = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=ts.dtype)[None]

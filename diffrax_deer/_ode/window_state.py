@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_guess
 from .._custom_types import RealScalarLike, State, States, Y
+from .._defaults import GRID_GROWTH
 from .._diffrax_conventions import direction
 from .._ravel import ravel, widest
 from .grid_solve import Trajectory
@@ -31,6 +32,7 @@ class WindowState(eqx.Module):
     - `num_iterations`: the Newton iterations of the last window.
     - `errors`, `(time,)`: those of its steps, in units of the tolerance of the solver's
         `grid`; infinite if it failed. `None` for a grid that does not ask.
+    - `error_bound`, `()`: errors above it say that the grid is out of date.
     """
 
     ts: Float[Array, " times"]
@@ -38,6 +40,7 @@ class WindowState(eqx.Module):
     ys: States
     num_iterations: Int[Array, ""]
     errors: Float[Array, " time"] | None = None
+    error_bound: Float[Array, ""] | None = None
 
 
 def no_window(
@@ -47,8 +50,11 @@ def no_window(
     # Of the floating type that the times will have.
     ts = jnp.full_like(jnp.linspace(t0, t0, num_steps + 1), t0)
     ys = jnp.broadcast_to(y0, (num_steps, y0.size))
-    errors = jnp.zeros(num_steps, y0.dtype) if measures_errors else None
-    return lax.stop_gradient(WindowState(ts, y0, ys, jnp.array(0, int), errors))
+    state = WindowState(ts, y0, ys, jnp.array(0, int))
+    if measures_errors:
+        errors = jnp.zeros(num_steps, y0.dtype), jnp.zeros((), y0.dtype)
+        state = WindowState(ts, y0, ys, state.num_iterations, *errors)
+    return lax.stop_gradient(state)
 
 
 def check_errors(state: Any, are_needed: bool) -> None:
@@ -118,17 +124,27 @@ def initial_guess(
 
 
 def window_state(
-    trajectory: Trajectory, errors: Float[Array, " time"] | None
+    trajectory: Trajectory,
+    errors: Float[Array, " time"] | None,
+    error_bound: Float[Array, ""] | None,
 ) -> WindowState:
-    """What the next solve may take guess and grid from; carries no derivative."""
-    state = WindowState(
-        trajectory.ts,
-        trajectory.y0,
-        trajectory.ys,
-        trajectory.statistics.num_iterations,
-        errors,
+    """What the next solve may take guess and grid from; carries no derivative.
+
+    The `error_bound` of a new grid is infinite; it becomes a multiple of its error.
+    """
+    if errors is not None and error_bound is not None:
+        new = GRID_GROWTH * jnp.max(errors)
+        error_bound = jnp.where(jnp.isinf(error_bound), new, error_bound)
+    return lax.stop_gradient(
+        WindowState(
+            trajectory.ts,
+            trajectory.y0,
+            trajectory.ys,
+            trajectory.statistics.num_iterations,
+            errors,
+            error_bound,
+        )
     )
-    return lax.stop_gradient(state)
 
 
 def interpolate(
