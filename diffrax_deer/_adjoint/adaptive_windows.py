@@ -21,7 +21,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import State, States
 from .._defaults import MAX_RECORD_TIMES, NUM_SKIPPED_GROUPS, group_size
@@ -165,8 +165,7 @@ class _Replay(eqx.Module):
         ends = jnp.concatenate([ends[:1], ends[1:][order]])
         here = jnp.arange(size + 1) <= num_kept
         ends = jnp.where(here, ends, lax.stop_gradient(ends[num_kept]))
-        kept, recorded = here[1:], part(self.records.ys)[order]
-        ys = recorded.reshape(-1, y.size)
+        ys = part(self.records.ys)[order].reshape(-1, y.size)
         num_steps, inner = windows.solver.window_steps, windows.inner_step(self.state.y)
         # A fixed grid looks at nothing but the ends.
         place, state = windows.solver.places.place, self.state.solver_state
@@ -176,7 +175,7 @@ class _Replay(eqx.Module):
         trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)
-        saved = _saved(windows, trajectory, jnp.repeat(kept, num_steps), after)
+        saved = _saved(windows, trajectory, num_solved, after)
         past = jnp.concatenate([y[None], trajectory.ys])
         return past[num_solved], saved
 
@@ -206,7 +205,7 @@ def _fold(f: Callable, init: Any, count: Int[Array, ""], max_count: int) -> Any:
 def _saved(
     windows: Windows,
     trajectory: Trajectory,
-    kept: Bool[Array, " time"],
+    num_kept: Int[Array, ""],
     after: Array,
 ) -> States:
     """The solution at the save times later than `after`, zero where it is not here."""
@@ -222,12 +221,7 @@ def _saved(
     ends, steps = lax.stop_gradient(trajectory.ts[1:]), (points, trajectory.dense_infos)
 
     def look_up(t, here, which):
-        # A product and not a gather, whose derivative is a slow scatter.
-        weights = which[:, None] == jnp.arange(len(kept))[None]
-        pick = lambda x: jnp.tensordot(
-            weights.astype(x.dtype), x, 1, precision=lax.Precision.HIGHEST
-        )
-        (t0, t1), infos = jax.tree.map(pick, steps)
+        (t0, t1), infos = jax.tree.map(lambda x: x[which], steps)
         # Where nothing is looked up the first step may be one of length zero.
         t0, t1 = jnp.where(here, t0, t - 1), jnp.where(here, t1, t)
         path = lambda t0, t1, info: windows.solver.solver.interpolation_cls(
@@ -238,9 +232,9 @@ def _saved(
         return jnp.where(here[:, None], found, 0)
 
     def at(t):
-        is_open = kept[None] & (t[:, None] <= ends[None])
-        here = (t > after) & jnp.any(is_open, axis=1)
-        t, which = jnp.where(here, t, 0), jnp.argmax(is_open, axis=1)
+        which = jnp.sum(ends[None] < t[:, None], axis=1, dtype=int)
+        here = (t > after) & (which < num_kept)
+        t, which = jnp.where(here, t, 0), jnp.where(here, which, 0)
         zeros = uniform(jnp.zeros((length, size), trajectory.y0.dtype), t)
         return lax.cond(
             eqxi.unvmap_any(here), look_up, lambda *_: zeros, t, here, which
