@@ -327,7 +327,8 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     """Medians, a row of panels for each task, a column for each batch size."""
     columns = max(len(results["config"]["batch_sizes"]), 1)
     figure = Figure(figsize=(5.2 * columns, 5.4), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False, height_ratios=(7, 5))
+    ratios = {"height_ratios": (7, 5)}
+    axes = figure.subplots(2, columns, sharey="row", squeeze=False, **ratios)
     for row, (task, (_, methods, *_)) in zip(axes, _TASKS.items(), strict=True):
         cells = [cell for cell in results["cells"] if cell["task"] == task]
         names = [name for name in methods if name != _REFERENCE][::-1]
@@ -341,7 +342,6 @@ def draw(path: Path, results: dict[str, Any]) -> None:
             ax.set(xscale="log", xlabel="loss and gradient (ms)")
             ax.set_title(f"{task}, batch {cell['batch_size']}", fontsize="medium")
             ax.margins(x=0.15)
-            ax.label_outer()
     write_figure(path, figure)
 
 
