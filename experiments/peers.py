@@ -327,8 +327,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     """Medians, a row of panels for each task, a column for each batch size."""
     columns = max(len(results["config"]["batch_sizes"]), 1)
     figure = Figure(figsize=(5.2 * columns, 5.4), layout="constrained")
-    ratios = {"height_ratios": (7, 5)}
-    axes = figure.subplots(2, columns, sharey="row", squeeze=False, **ratios)
+    axes = figure.subplots(
+        2, columns, sharey="row", squeeze=False, height_ratios=(7, 5)
+    )
     for row, (task, (_, methods, *_)) in zip(axes, _TASKS.items(), strict=True):
         cells = [cell for cell in results["cells"] if cell["task"] == task]
         names = [name for name in methods if name != _REFERENCE][::-1]
