@@ -1,5 +1,8 @@
 """Brings what lies outside of `notebooks/` into the site, and links to it."""
 
+import html
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ _LINKS_OF_EXPERIMENTS = {
 }
 # Material shows its navigation from 1220 pixels on; here from 960.
 _WIDTHS = {"76.25em": "60em", "76.234375em": "59.984375em"}
+# What stands where a figure of a notebook is not described.
+_NO_ALT = 'alt="No description has been provided for this image"'
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -38,6 +43,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for old, new in (_LINKS_OF_EXPERIMENTS if of_experiments else _LINKS).items():
         markdown = markdown.replace(old, new)
     return markdown
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Describes figures of a notebook by the `alt` of their cells, and mends links."""
+    path = Path(page.file.abs_src_path)
+    if path.suffix != ".ipynb":
+        return content
+    for cell in json.loads(path.read_text())["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = html.escape(cell["metadata"]["alt"])
+                content = content.replace(_NO_ALT, f'alt="{alt}"', 1)
+    return re.sub(r'href="([\w-]+)\.md', r'href="../\1/', content)
 
 
 def on_post_build(config: Any) -> None:

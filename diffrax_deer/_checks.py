@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -39,9 +40,9 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, cls):
         msg = f"`{name}` got the class `{value.__name__}`. {hint}."
     else:
-        msg = (
-            f"`{name}` must be an instance of `{cls.__name__}`; got {value!r}. {hint}."
-        )
+        # An array by its shape, and not by a page of numbers.
+        got = eqx.tree_pformat(value)
+        msg = f"`{name}` must be an instance of `{cls.__name__}`; got {got}. {hint}."
     raise TypeError(msg)
 
 

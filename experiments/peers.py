@@ -1,23 +1,25 @@
-"""Training steps of the same neural ODE in other libraries, side by side.
+"""The same neural ODE and the same recurrent network in other libraries, side by side.
 
 uv run --group peers python -m experiments.peers
 
-The network, the data, the tolerance and the save times are those of the first loop of
-`experiments.training_loops`: loss, and its gradient with respect to the weights. Every
-method lives in a process of its own; the processes take turns, and sleep in between.
+Loss, and its gradient with respect to the weights. Network, data, tolerance and save
+times of the neural ODE are those of the first loop of `experiments.training_loops`; the
+recurrent network is that of `experiments.peers_recurrent`. Every method lives in a
+process of its own; the processes take turns, and sleep in between.
 """
 
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import multiprocessing
 import sys
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import diffrax
 import equinox as eqx
@@ -27,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
-from experiments import training_loops
+from experiments import peers_recurrent, training_loops
 from experiments.common import hand_written
 from experiments.common.affordable import describe_time
 from experiments.common.command_line import run
@@ -48,23 +50,26 @@ class Config(TimedConfig):
     """The settings.
 
     Attributes:
-        batch_sizes: Numbers of trajectories.
-        num_times: Save times, evenly spaced.
+        batch_sizes: Numbers of trajectories, or of sequences.
+        num_times: Save times of the neural ODE, evenly spaced.
+        num_steps: Steps of the recurrent network.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
     num_times: int = 100
+    num_steps: int = 1000
     out: Path = Path("runs/peers/cpu.json")
 
     def reduced(self) -> Self:
         """The same measurement, small enough to take seconds."""
-        return dataclasses.replace(self, batch_sizes=(2,), num_times=5, repeats=2)
+        small = {"batch_sizes": (2,), "num_times": 5, "num_steps": 20, "repeats": 2}
+        return dataclasses.replace(self, **small)
 
     def check(self) -> None:
         """Raises an error that names the first setting that makes no sense."""
         super().check()
         check_lists(self, "batch_sizes")
-        check_least(self, num_times=2)
+        check_least(self, num_times=2, num_steps=1)
 
 
 # ---- In JAX ----
@@ -188,6 +193,7 @@ _REFERENCE = "Dopri8, tolerance 1e-6"
 _TIGHT = diffrax.PIDController(rtol=1e-6, atol=1e-6)
 _DEER = {"adjoint": DEERAdjoint()}
 _FIXED = _DEER | {"stepsize_controller": WholeInterval(), "dt0": None}
+_OURS = f"DEERSolver, {_GRID} equal steps"
 _METHODS: dict[str, Callable[[training_loops.Loop], Call]] = {
     "torchdiffeq, odeint": functools.partial(_torchdiffeq, name="odeint"),
     "torchdiffeq, odeint_adjoint": functools.partial(
@@ -199,22 +205,48 @@ _METHODS: dict[str, Callable[[training_loops.Loop], Call]] = {
     "DEERSolver, DEERAdjoint": functools.partial(
         _diffrax, solver=DEERSolver(), **_DEER
     ),
-    f"DEERSolver, {_GRID} equal steps": functools.partial(
-        _diffrax, solver=DEERSolver(num_steps=_GRID), **_FIXED
-    ),
+    _OURS: functools.partial(_diffrax, solver=DEERSolver(num_steps=_GRID), **_FIXED),
     _REFERENCE: functools.partial(
         _diffrax, solver=diffrax.Dopri8(), stepsize_controller=_TIGHT
     ),
 }
-_PACKAGES = ("torch", "torchdiffeq", "torchode")
+_PACKAGES = ("torch", "torchdiffeq", "torchode", "pararnn-torch")
+
+
+class _Task(NamedTuple):
+    """A problem by batch size and length, and what solves it.
+
+    The errors are those to the method `reference`, the ratios those to `ours`; `length`
+    names the setting.
+    """
+
+    problem: Callable[[int, int], Any]
+    methods: dict[str, Callable[[Any], Call]]
+    reference: str
+    ours: str
+    length: str
+
+
+_TASKS = {
+    "neural ODE": _Task(
+        training_loops.neural_ode, _METHODS, _REFERENCE, _OURS, "num_times"
+    ),
+    "recurrent network": _Task(
+        peers_recurrent.problem,
+        peers_recurrent.METHODS,
+        peers_recurrent.REFERENCE,
+        peers_recurrent.OURS,
+        "num_steps",
+    ),
+}
 
 
 # ---- Processes ----
 
 
-def _serve(pipe: Any, name: str, batch_size: int, num_times: int) -> None:
+def _serve(pipe: Any, task: str, name: str, batch_size: int, length: int) -> None:
     """Sends what the method finds, then a time whenever it is asked to."""
-    call = _METHODS[name](training_loops.neural_ode(batch_size, num_times))
+    call = _TASKS[task].methods[name](_TASKS[task].problem(batch_size, length))
     begin = time.perf_counter()
     found = call()
     pipe.send((time.perf_counter() - begin, found))
@@ -225,13 +257,14 @@ def _serve(pipe: Any, name: str, batch_size: int, num_times: int) -> None:
         pipe.send(time.perf_counter() - begin)
 
 
-def _measure(batch_size: int, config: Config) -> dict[str, Any]:
+def _measure(task: str, batch_size: int, config: Config) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
+    length = getattr(config, _TASKS[task].length)
     methods: dict[str, Any] = {}
     found, pipes, processes = {}, {}, []
-    for name in _METHODS:
+    for name in _TASKS[task].methods:
         pipe, there = context.Pipe()
-        arguments = there, name, batch_size, config.num_times
+        arguments = there, task, name, batch_size, length
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         there.close()
@@ -247,10 +280,10 @@ def _measure(batch_size: int, config: Config) -> dict[str, Any]:
         pipe.send(False)
         process.join()
     for name, (value, *gradient) in found.items():
-        true_value, *true_gradient = found[_REFERENCE]
+        true_value, *true_gradient = found[_TASKS[task].reference]
         methods[name]["value_error"] = float(abs(value - true_value) / true_value)
         methods[name]["gradient_error"] = _distance(gradient, true_gradient)
-    return {"batch_size": batch_size, "methods": methods}
+    return {"task": task, "batch_size": batch_size, "methods": methods}
 
 
 def _distance(found: Outcome, true: Outcome) -> float:
@@ -263,19 +296,27 @@ def _distance(found: Outcome, true: Outcome) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line for each method and batch size, in Markdown."""
+    """A table for each task: one line for each method and batch size, in Markdown."""
+    return "\n\n".join(_table(results, name, task) for name, task in _TASKS.items())
+
+
+def _table(results: dict[str, Any], name: str, task: _Task) -> str:
     rows = []
     for cell in results["cells"]:
-        methods = cell["methods"]
-        best = _milliseconds(methods[f"DEERSolver, {_GRID} equal steps"])
-        for name, method in methods.items():
-            row = [name, str(cell["batch_size"]), f"{method['first_call_seconds']:.1f}"]
-            row += [describe_time(method), f"{_milliseconds(method) / best:.2g}×"]
-            errors = (method["value_error"], method["gradient_error"])
+        methods = cell["methods"] if cell["task"] == name else {}
+        for method, found in methods.items():
+            row = [method, str(cell["batch_size"])]
+            row += [f"{found['first_call_seconds']:.1f}", describe_time(found)]
+            row.append(_ratio(_milliseconds(found) / _milliseconds(methods[task.ours])))
+            errors = (found["value_error"], found["gradient_error"])
             rows.append([*row, *(f"{error:.0e}" for error in errors)])
-    head = ("method", "batch", "first call (s)", "step (ms) [quartiles]")
-    ratio = f"DEERSolver, {_GRID} equal steps, is faster by"
+    head = (name, "batch", "first call (s)", "step (ms) [quartiles]")
+    ratio = f"{task.ours}, is faster by"
     return format_table((*head, ratio, "error of loss", "of gradient"), rows)
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.0f}×" if x >= 10 else f"{x:.2g}×"
 
 
 def _milliseconds(method: dict[str, Any]) -> float:
@@ -283,18 +324,25 @@ def _milliseconds(method: dict[str, Any]) -> float:
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
-    """Medians, one panel for each batch size."""
-    cells = results["cells"]
-    figure = Figure(figsize=(5.2 * len(cells), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(cells), squeeze=False, sharey=True)[0]
-    for ax, cell in zip(axes, cells, strict=True):
-        names = [name for name in cell["methods"] if name != _REFERENCE][::-1]
-        times = [_milliseconds(cell["methods"][name]) for name in names]
-        bars = ax.barh(names, times, color=["tab:blue"] * 2 + ["0.7"] * 5)
-        ax.bar_label(bars, [f"{x:.3g}" for x in times], padding=3, fontsize="small")
-        ax.set(xscale="log", xlabel="loss and gradient (ms)")
-        ax.set_title(f"batch {cell['batch_size']}", fontsize="medium")
-        ax.margins(x=0.15)
+    """Medians, a row of panels for each task, a column for each batch size."""
+    columns = max(len(results["config"]["batch_sizes"]), 1)
+    figure = Figure(figsize=(5.2 * columns, 5.4), layout="constrained")
+    axes = figure.subplots(
+        2, columns, sharey="row", squeeze=False, height_ratios=(7, 5)
+    )
+    for row, (task, (_, methods, *_)) in zip(axes, _TASKS.items(), strict=True):
+        cells = [cell for cell in results["cells"] if cell["task"] == task]
+        names = [name for name in methods if name != _REFERENCE][::-1]
+        for ax, cell in zip(row, cells, strict=True):
+            times = [_milliseconds(cell["methods"][name]) for name in names]
+            ours = [
+                "tab:blue" if name[:4].lower() == "deer" else "0.7" for name in names
+            ]
+            bars = ax.barh(names, times, color=ours)
+            ax.bar_label(bars, [f"{x:.3g}" for x in times], padding=3, fontsize="small")
+            ax.set(xscale="log", xlabel="loss and gradient (ms)")
+            ax.set_title(f"{task}, batch {cell['batch_size']}", fontsize="medium")
+            ax.margins(x=0.15)
     write_figure(path, figure)
 
 
@@ -306,7 +354,8 @@ def main(config: Config) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError as error:
         msg = f"{error.name} is missing; `uv run --group peers` installs it."
         raise ExperimentError(msg) from error
-    cells = [_measure(batch_size, config) for batch_size in config.batch_sizes]
+    cases = itertools.product(_TASKS, config.batch_sizes)
+    cells = [_measure(task, batch_size, config) for task, batch_size in cases]
     results = conclude("peers", config, "float32", table, cells=cells, peers=versions)
     draw(config.out.with_suffix(".png"), results)
     return results

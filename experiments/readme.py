@@ -49,7 +49,8 @@ PAGES = (
 def _peers(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in results["peers"].items())
     picture = "../experiments/results/peers/cpu.png"
-    alternative = "Time of loss and gradient in each library, at batch 1 and 32"
+    alternative = "Time of loss and gradient in each library, a neural ODE and a "
+    alternative += "recurrent network, at batch 1 and 32"
     return f"{peers.table(results)}\n\nWith {versions}.\n\n![{alternative}]({picture})"
 
 
@@ -76,7 +77,7 @@ _SINGLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
         "{num_steps} steps, {num_observations} observations, width {width}, "
         "{repeats} repeats",
     ),
-    "peers": (_peers, "{num_times} save times, {repeats} repeats"),
+    "peers": (_peers, "{num_times} save times, {num_steps} steps, {repeats} repeats"),
     "rnn_accuracy": (rnn_accuracy.table, "Newton's method"),
     "thresholds": (thresholds.table, "at most {repeats} repeats"),
     "training_loops": (training_loops.summary, "{repeats} repeats"),
