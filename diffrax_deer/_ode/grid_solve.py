@@ -144,6 +144,8 @@ def solve_grid(
     first = jax.tree.map(lambda x: x[0], xs)
     check_memory(inner.solver, inner.has_memory(first, y0))
     parts, step_map, state, method, gradient = plan(inner, xs, y0, method, gradient)
+    if method.sharded_scan is not None:
+        xs = method.sharded_scan.time_axis.place(xs)
     if parts is not None:
         guess, _ = jax.vmap(parts.split)(guess)
     ys, statistics, steps = solve(
