@@ -41,6 +41,7 @@ from diffrax_deer import (
     affine_recurrence,
     deer_scan,
 )
+from diffrax_deer._time_axis import TimeAxis
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
@@ -130,6 +131,32 @@ def scans() -> Any:
         y = affine_recurrence(a, b, scan=scan)
         wanted = 2 - 2.0 ** -np.arange(8)[:, None] * np.ones(2)
         errors[f"{local}, overflow"] = float(np.max(np.abs(y[8:] - wanted)))
+    return errors
+
+
+def lookups() -> Any:
+    """Few steps and many, of numbers that do not fit, and also none on some devices."""
+    rng, errors = np.random.default_rng(0), {}
+    for num_devices, num_steps, num_times in (2, 37, 4), (8, 37, 50), (8, 9, 9):
+        axis = TimeAxis(make_mesh(num_devices), "time")
+        ends, x = np.sort(rng.uniform(size=num_steps)), rng.normal(size=(num_steps, 2))
+        ts = np.append(rng.uniform(-0.1, 1.1, num_times - 1), ends[num_steps // 2])
+        c = rng.normal(size=(num_times, 2))
+
+        @jax.jit
+        def found(ends, ts, x, c, axis=axis):
+            index = axis.searchsorted(ends, ts)
+            last = jnp.minimum(index, len(ends) - 1)
+            taken, pull = jax.vjp(lambda x: axis.take([x, x > 0], last)[0], x)
+            return index, taken, axis.take([x > 0], last)[0], *pull(c)
+
+        index = np.searchsorted(ends, ts)
+        last, pulled = np.minimum(index, num_steps - 1), np.zeros_like(x)
+        np.add.at(pulled, last, c)
+        wanted = index, x[last], x[last] > 0, pulled
+        pairs = zip(found(ends, ts, x, c), wanted, strict=True)
+        differences = [np.max(np.abs(1.0 * np.asarray(a) - b)) for a, b in pairs]
+        errors[f"{num_times} of {num_steps}"] = float(max(differences))
     return errors
 
 

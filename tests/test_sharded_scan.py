@@ -36,7 +36,7 @@ _SECONDS = 280
 def _start(*words: str, devices: int = 8) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.sharded_programs", *words]
     environment = os.environ | {"DEVICES": str(devices)}
-    if words[0] not in ("scans", "shard_map"):
+    if words[0] not in ("scans", "lookups", "shard_map"):
         # As for users: what is exchanged, and kept, is decided by optimizations.
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -93,6 +93,12 @@ def _check_recurrence(found: Any, num_steps: int) -> None:
         if shape != "1":
             assert ("time" in result["specs"][-1]) == fits
             assert _largest(result["collectives"], in_loop=not fits) < num_steps
+
+
+def test_steps_are_looked_up_as_by_numpy_with_derivatives():
+    errors = _run("lookups")
+    assert len(errors) == 3
+    assert max(errors.values()) < 1e-14
 
 
 # The other meshes, in one process, compile for half a minute.
