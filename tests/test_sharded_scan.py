@@ -134,7 +134,9 @@ def _check_ode(found: Any, num_steps: int, num_times: int) -> None:
         if shape != "1":
             # The guess is taken as it is given, and given on, in parts.
             assert cold["specs"] == warm["specs"] == [steps, steps]
-            assert _largest(result["collectives"], kind="all-gather") < num_steps
+            # Of steps that do not fit the state is on all devices.
+            exchanged = result["collectives"]
+            assert _largest(exchanged, not fits, "all-gather") < num_steps
         if num_times < num_steps / 8 and fits:
             assert _largest(result["collectives"]) < num_steps
 
