@@ -186,8 +186,8 @@ def _sequential(solve: Any, solver: Any, pid: Any, max_steps: int) -> tuple[Any,
 @explained()
 def _lyapunov(deer: Any, problem: Any, ts: Any, lengths: Any) -> tuple[float, int]:
     """The exponent, by Benettin's method (Meccanica 15, 1980), and D."""
-    xs = ts[:-1], ts[1:]
-    found = plan(deer.inner_step(*problem), xs, ravel(problem[1])[0], None, None)
+    nodes = ts[0], ts[1:]
+    found = plan(deer.inner_step(*problem), nodes, ravel(problem[1])[0], None, None)
 
     def step(carry, x):
         y, push = jax.linearize(ft.partial(found.step_map.step, x), carry[0])
@@ -198,7 +198,7 @@ def _lyapunov(deer: Any, problem: Any, ts: Any, lengths: Any) -> tuple[float, in
     y0 = found.state
     tangents = jax.random.normal(jax.random.key(0), (8, y0.size), y0.dtype)
     init = y0, tangents / jnp.linalg.norm(tangents)
-    _, growth = jax.lax.scan(step, init, xs)
+    _, growth = jax.lax.scan(step, init, (ts[:-1], ts[1:]))
     # In the first quarter they turn to what grows most; one alone may take longer.
     late = np.cumsum(lengths) > np.sum(lengths) / 4
     return float(np.sum(growth[late]) / np.sum(lengths[late])), y0.size

@@ -170,10 +170,10 @@ class _Replay(eqx.Module):
         num_steps, inner = windows.solver.window_steps, windows.inner_step(self.state.y)
         # A fixed grid looks at nothing but the ends.
         place, state = windows.solver.places.place, self.state.solver_state
-        xs, _ = place(inner, ends, num_steps, y, state)
+        nodes, _ = place(inner, ends, num_steps, y, state)
         num_solved = num_kept * num_steps
         ys = hold_last(y, ys, num_solved)
-        trajectory = solve_grid(inner, xs, y, ys, Given(num_solved), self.gradient)
+        trajectory = solve_grid(inner, nodes, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)
         saved = _saved(windows, trajectory, jnp.repeat(kept, num_steps), after)

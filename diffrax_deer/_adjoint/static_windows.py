@@ -55,7 +55,6 @@ def static_windows(
     num_done = jnp.where(started, num_done, 0)
     controller_state = state.controller_state
     if type(windows.controller) is diffrax.StepTo:
-        # It counts.
         controller_state = controller_state + num_done
     new = LoopState(
         t_prev=jnp.where(started, at(trajectory.ends, last), state.t_prev),

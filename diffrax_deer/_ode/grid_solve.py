@@ -14,14 +14,15 @@ from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
 from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
-from .._prefix import max_norm
+from .._prefix import max_norm, shift
 from .._solve import evaluation_points, solve
 from .._statistics import Statistics
 from .._step_map import StepMap
 from .quadrature import Partition, partition
 from .solver_step import SolverStep
 
-Intervals = tuple[Float[Array, " time"], Float[Array, " time"]]
+# Where the first of all steps begins, and where they end.
+Nodes = tuple[Float[Array, ""], Float[Array, " time"]]
 
 
 class Trajectory(eqx.Module):
@@ -103,18 +104,18 @@ class Plan(NamedTuple):
 
 def plan(
     inner: SolverStep,
-    xs: Intervals,
+    nodes: Nodes,
     y0: State,
     method: AbstractMethod | None,
     gradient: AbstractGradient | None,
 ) -> Plan:
     """Arguments as for `solve_grid`."""
-    parts = partition(inner, (xs[0][0], xs[1][0]), y0)
+    parts = partition(inner, (nodes[0], nodes[1][0]), y0)
     state, step_map = y0, inner.step_map(y0)
     if parts is not None:
         state, _ = parts.split(y0)
         step_map = parts.step_map(state)
-    num_steps, arguments = len(xs[0]), (inner, xs, y0)
+    num_steps, arguments = len(nodes[1]), (inner, nodes, y0)
     if method is None:
         method = default_method(num_steps, state.size)
     if gradient is None:
@@ -130,26 +131,26 @@ def plan(
 
 def solve_grid(
     inner: SolverStep,
-    xs: Intervals,
+    nodes: Nodes,
     y0: State,
     guess: States,
     method: AbstractMethod | None,
     gradient: AbstractGradient | None,
 ) -> Trajectory:
-    """Makes all the steps of `inner` over the intervals `xs`, differentiably.
+    """Makes all the steps of `inner` from node to node, differentiably.
 
-    `xs` are where they begin and where they end, each where the one before ended. The
-    other arguments are those of `solve`; `None` for what is fastest.
+    The other arguments are those of `solve`; `None` for what is fastest.
     """
-    first = jax.tree.map(lambda x: x[0], xs)
-    check_memory(inner.solver, inner.has_memory(first, y0))
-    parts, step_map, state, method, gradient = plan(inner, xs, y0, method, gradient)
+    t0, ends = nodes
+    check_memory(inner.solver, inner.has_memory((t0, ends[0]), y0))
+    parts, step_map, state, method, gradient = plan(inner, nodes, y0, method, gradient)
     if method.sharded_scan is not None:
-        xs = method.sharded_scan.time_axis.place(xs)
+        ends = method.sharded_scan.time_axis.place(ends)
+    xs = shift(t0, ends), ends
     if parts is not None:
         guess, _ = jax.vmap(parts.split)(guess)
     ys, statistics, steps = solve(
-        step_map, state, xs, guess, method, gradient, (first[0],) * 2
+        step_map, state, xs, guess, method, gradient, (t0, t0)
     )
     if parts is not None:
         ys, steps = parts.complete(y0, ys, steps)

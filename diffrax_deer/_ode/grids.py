@@ -28,7 +28,7 @@ from .._defaults import (
 )
 from .._prefix import hold_last, shift
 from .._ravel import ravel
-from .grid_solve import Intervals, Trajectory
+from .grid_solve import Nodes, Trajectory
 from .solver_step import SolverStep
 from .window_state import WindowState, interpolate
 
@@ -51,12 +51,12 @@ def _sides(ends: Float[Array, " ends"]) -> tuple[Array, Array]:
     return ends[:-1, None], ends[1:, None]
 
 
-def between(ends: Float[Array, " ends"], parts: Parts) -> Intervals:
-    """The steps between these parts of each window, constants for a derivative."""
+def between(ends: Float[Array, " ends"], parts: Parts) -> Nodes:
+    """The nodes at these parts of each window, constants for a derivative."""
     parts = lax.stop_gradient(parts[:, 1:]).astype(ends.dtype)
     first, last = _sides(ends)
     ts = (first * (1 - parts) + last * parts).reshape(-1)
-    return shift(ends[0], ts), ts
+    return ends[0], ts
 
 
 class AbstractGrid(eqx.Module):
@@ -88,8 +88,8 @@ class AbstractGrid(eqx.Module):
         num_steps: int,
         y0: State,
         state: WindowState,
-    ) -> tuple[Intervals, WindowState]:
-        """The steps of all windows, and a state to take a guess from.
+    ) -> tuple[Nodes, WindowState]:
+        """The nodes of all windows, and a state to take a guess from.
 
         **Arguments:**
 
@@ -101,8 +101,8 @@ class AbstractGrid(eqx.Module):
 
         **Returns:**
 
-        Where the steps begin and where they end, `(windows * N,)` each. They have a
-        derivative with respect to `ends`, and none with respect to anything else.
+        Where the first step begins, and where all of them end, `(windows * N,)`. They
+        have a derivative with respect to `ends`, and none with respect to others.
         """
         del inner, y0
         parts = self.fractions(num_steps)
@@ -194,9 +194,9 @@ class Equidistributed(AbstractGrid):
         arrays, rest = eqx.partition((place, ends, y0, state), eqx.is_array)
         place, ends_, y0, state = eqx.combine(lax.stop_gradient(arrays), rest)
         parts, ys = place(ends_, y0, state)
-        xs = between(ends, parts)
-        guess = *lax.stop_gradient((ends[0], xs[1])), y0, ys[1:]
-        return xs, eqx.tree_at(lambda s: (s.t0, s.ends, s.y0, s.ys), state, guess)
+        nodes = between(ends, parts)
+        guess = *lax.stop_gradient(nodes), y0, ys[1:]
+        return nodes, eqx.tree_at(lambda s: (s.t0, s.ends, s.y0, s.ys), state, guess)
 
     def _search(
         self,
