@@ -133,7 +133,10 @@ def _check_ode(found: Any, num_steps: int, num_times: int) -> None:
         steps = [*["batch"] * ("x" in shape), *["time"] * fits]
         if shape != "1":
             # The guess is taken as it is given, and given on, in parts.
-            assert cold["specs"] == warm["specs"] == [steps, steps]
+            # (Its times are the same for all samples of a batch.)
+            for ends, ys in (cold["specs"], warm["specs"]):
+                assert ys == steps
+                assert ("time" in ends) == fits
             # Of steps that do not fit the state is on all devices.
             exchanged = result["collectives"]
             assert _largest(exchanged, not fits, "all-gather") < num_steps
@@ -170,9 +173,9 @@ def test_differential_equation_is_sequential_diffrax_and_its_state_a_guess(
 def test_many_save_times_are_found_in_parts(num_times):
     (result,) = _run("ode", "uniform", "4096", "2", str(num_times), "8").values()
     _check_ode({"8": result}, 4096, num_times)
-    # What a device has: of each of its steps the stages that interpolate it.
+    # What a device has: of each of its steps seven stages, or what is made of them.
     parts = _largest(result["collectives"], kind="collective-permute")
-    assert parts <= 4096 // 8 * 5 * 2
+    assert parts <= 4096 // 8 * 7 * 2
     assert _largest(result["collectives"], kind="all-reduce") < 512
 
 
