@@ -186,7 +186,8 @@ def _sequential(solve: Any, solver: Any, pid: Any, max_steps: int) -> tuple[Any,
 @explained()
 def _lyapunov(deer: Any, problem: Any, ts: Any, lengths: Any) -> tuple[float, int]:
     """The exponent, by Benettin's method (Meccanica 15, 1980), and D."""
-    found = plan(deer.inner_step(*problem), ts, ravel(problem[1])[0], None, None)
+    nodes = ts[0], ts[1:]
+    found = plan(deer.inner_step(*problem), nodes, ravel(problem[1])[0], None, None)
 
     def step(carry, x):
         y, push = jax.linearize(ft.partial(found.step_map.step, x), carry[0])

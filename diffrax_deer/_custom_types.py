@@ -16,18 +16,12 @@ DenseInfo: TypeAlias = dict[str, PyTree[Array]]
 IntScalarLike: TypeAlias = int | Array | np.ndarray
 Matrix: TypeAlias = Float[Array, "state state"]
 RealScalarLike: TypeAlias = float | int | Array | np.ndarray
-# The components that depend on each other, and the quadratures; those in blocks.
+# The components that depend on each other, and the quadratures.
 Coupled: TypeAlias = Float[Array, " coupled"]
 CoupledStates: TypeAlias = Float[Array, "time coupled"]
 Rest: TypeAlias = Float[Array, " rest"]
-Arranged: TypeAlias = Float[Array, " arranged"]
 State: TypeAlias = Float[Array, " state"]
 States: TypeAlias = Float[Array, "time state"]
-Transition: TypeAlias = (
-    Float[Array, "state state"]
-    | Float[Array, " state"]
-    | Float[Array, "blocks block block"]
-)
 Transitions: TypeAlias = (
     Float[Array, "time state state"]
     | Float[Array, "time state"]

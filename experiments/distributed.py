@@ -3,7 +3,7 @@
 python -m experiments.distributed [--problem ode] [--processes 2] [--kill-at 12]
 
 starts the processes, and all of them again if one has died: those that are left would
-wait for it. Each goes on from the last checkpoint. Needs `uv sync --group distributed`.
+wait for it. Each goes on from the last checkpoint. By `uv run --group distributed`.
 A cluster has a launcher of its own in place of `supervise`; `train` stays as it is.
 """
 

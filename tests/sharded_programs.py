@@ -5,11 +5,13 @@ python -m tests.sharded_programs PROGRAM [ARGUMENT ...]
 prints what it has found as JSON: relative errors, and what the compiled program does.
 """
 
+import dataclasses
 import json
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,7 @@ from diffrax_deer import (
     DEERSolver,
     Dense,
     Diagonal,
+    Equidistributed,
     Newton,
     ParallelGradient,
     SequentialScan,
@@ -38,9 +41,10 @@ from diffrax_deer import (
     affine_recurrence,
     deer_scan,
 )
+from diffrax_deer._time_axis import TimeAxis
 
 _COLLECTIVE = re.compile(
-    r"= (.*?) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
     r"(?:-start)?\("
 )
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
@@ -73,14 +77,14 @@ def relative_errors(found: Any, expected: Any) -> list[float]:
     return [error(x, y) for x, y in pairs]
 
 
-def collectives(compiled: Any) -> list[tuple[int, bool]]:
-    """The number of elements of each, and whether it is inside of a loop."""
+def collectives(compiled: Any) -> list[tuple[str, int, bool]]:
+    """The kind of each, its number of elements, and whether it is inside of a loop."""
     found = []
     for line in compiled.as_text().splitlines():
         if match := _COLLECTIVE.search(line):
             shapes = _SHAPE.findall(match.group(1))
             sizes = [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
-            found.append((sum(sizes), "while/body" in line))
+            found.append((match.group(2), sum(sizes), "while/body" in line))
     return found
 
 
@@ -130,6 +134,32 @@ def scans() -> Any:
     return errors
 
 
+def lookups() -> Any:
+    """Few steps and many, of numbers that do not fit, and also none on some devices."""
+    rng, errors = np.random.default_rng(0), {}
+    for num_devices, num_steps, num_times in (2, 37, 4), (8, 37, 50), (8, 9, 9):
+        axis = TimeAxis(make_mesh(num_devices), "time")
+        ends, x = np.sort(rng.uniform(size=num_steps)), rng.normal(size=(num_steps, 2))
+        ts = np.append(rng.uniform(-0.1, 1.1, num_times - 1), ends[num_steps // 2])
+        c = rng.normal(size=(num_times, 2))
+
+        @jax.jit
+        def found(ends, ts, x, c, axis=axis):
+            index = axis.searchsorted(ends, ts)
+            last = jnp.minimum(index, len(ends) - 1)
+            taken, pull = jax.vjp(lambda x: axis.take([x, x > 0], last)[0], x)
+            return index, taken, axis.take([x > 0], last)[0], *pull(c)
+
+        index = np.searchsorted(ends, ts)
+        last, pulled = np.minimum(index, num_steps - 1), np.zeros_like(x)
+        np.add.at(pulled, last, c)
+        wanted = index, x[last], x[last] > 0, pulled
+        pairs = zip(found(ends, ts, x, c), wanted, strict=True)
+        differences = [np.max(np.abs(1.0 * np.asarray(a) - b)) for a, b in pairs]
+        errors[f"{num_times} of {num_steps}"] = float(max(differences))
+    return errors
+
+
 # ---- A recurrence ----
 
 
@@ -168,22 +198,54 @@ def _compiled(loss: Callable, scan: Callable, arguments: Any) -> Any:
     return jax.jit(function).lower(*arguments).compile()
 
 
-def recurrence(num_steps: str, size: str, *num_devices: str) -> Any:
-    """Value and gradient for each number of devices."""
-    arguments, loss = _recurrence(int(num_steps), int(size))
-    expected = _compiled(loss, lax.scan, arguments)(*arguments)
+def _mesh(shape: str) -> tuple[Mesh, tuple[str, ...], Callable]:
+    """Of `8` devices, or of `2x4` with a batch over the first axis.
+
+    Also the axis of the batch, if any, and what makes the arguments those of a batch.
+    """
+    if "x" not in shape:
+        return make_mesh(int(shape)), (), lambda x: x
+    sizes = [int(n) for n in shape.split("x")]
+    several = lambda x: np.stack([x, 1.5 * x, -x, 0.5 * x])
+    return make_mesh(*sizes, names=("batch", "time")), ("batch",), several
+
+
+def recurrence(num_steps: str, size: str, *meshes: str) -> Any:
+    """Value and gradient for each mesh; in a batch all samples have one matrix."""
+    (w, *rest), loss = _recurrence(int(num_steps), int(size))
     found = {}
-    for count in map(int, num_devices):
-        mesh = make_mesh(count)
-        spec = ("time",) if int(num_steps) % count == 0 else ()
-        specs = (), (), spec
+    for shape in meshes:
+        mesh, batch, several = _mesh(shape)
+
+        def total(scan, w, *rest, batch=batch):
+            each = lambda *rest: loss(scan, w, *rest)
+            return jnp.sum(jax.vmap(each)(*rest)) if batch else each(*rest)
+
+        arguments = w, *map(several, rest)
+        expected = _compiled(total, lax.scan, arguments)(*arguments)
+        fits = int(num_steps) % mesh.shape["time"] == 0
+        specs = (), batch, (*batch, "time") if fits else batch
         placed = [put(mesh, x, *s) for x, s in zip(arguments, specs, strict=True)]
-        compiled = _compiled(loss, _deer(ShardedScan(mesh, "time")), placed)
-        found[count] = {
-            "errors": relative_errors(compiled(*placed), expected),
+        compiled = _compiled(total, _deer(ShardedScan(mesh, "time")), placed)
+        value, gradient = compiled(*placed)
+        found[shape] = {
+            "errors": relative_errors((value, gradient), expected),
             "collectives": collectives(compiled),
+            "specs": [list(x.sharding.spec) for x in gradient],
         }
     return found
+
+
+def counts(what: str) -> Any:
+    """How many collectives one iteration has, of which kind, and how large at most.
+
+    Two save times: no loop but that of Newton's method exchanges anything.
+    """
+    words = {"recurrence": ("4096", "8"), "ode": ("uniform", "4096", "8", "2")}[what]
+    result = globals()[what](*words, "8")["8"]
+    inside = [kind for kind, _, is_inside in result["collectives"] if is_inside]
+    sizes = [size for _, size, is_inside in result["collectives"] if is_inside]
+    return Counter(inside) | {"together": len(inside), "largest": max(sizes)}
 
 
 def no_sharded_scan(num_steps: str, size: str) -> Any:
@@ -194,46 +256,28 @@ def no_sharded_scan(num_steps: str, size: str) -> Any:
     return collectives(_compiled(loss, _deer(None), placed))
 
 
-def batch() -> Any:
-    """A batch over one axis of the mesh, and time over the other."""
-    arguments, loss = _recurrence(256, 2)
-    arguments = [np.stack([x, 1.5 * x, -x, 0.5 * x]) for x in arguments]
-    total = lambda scan, *a: jnp.sum(jax.vmap(lambda *a: loss(scan, *a))(*a))
-    expected = _compiled(total, lax.scan, arguments)(*arguments)
-    mesh = make_mesh(2, 4, names=("batch", "time"))
-    specs = ("batch",), ("batch",), ("batch", "time")
-    placed = [put(mesh, x, *s) for x, s in zip(arguments, specs, strict=True)]
-    compiled = _compiled(total, _deer(ShardedScan(mesh, "time")), placed)
-    value, gradient = compiled(*placed)
-    return {
-        "errors": relative_errors((value, gradient), expected),
-        "collectives": collectives(compiled),
-        "specs": [list(x.sharding.spec) for x in gradient],
-    }
-
-
 # ---- A differential equation ----
 
 
-def _ode(num_steps: int, saveat: diffrax.SaveAt) -> Callable:
-    """The loss of initial values and parameters, and the state of the solver."""
+def _ode(saveat: diffrax.SaveAt, batch: bool = False) -> Callable:
+    """The loss of initial values, parameters and state, with the state after it."""
 
     def field(t, y, args):
         del t
         return args * (1 - y**2) * jnp.roll(y, 1) - y
 
-    def loss(options, y0, args, *state):
-        kwargs: Any = (
-            dict(saveat=saveat, max_steps=num_steps + 1, throw=False) | options
-        )
-        if state:
-            kwargs["solver_state"] = state[0]
-        term, ends = diffrax.ODETerm(field), (0.0, 10.0)
-        solver = kwargs.pop("solver")
-        sol = diffrax.diffeqsolve(term, solver, *ends, None, y0, args, **kwargs)
+    def loss(options, y0, args, state):
+        kwargs = dict(saveat=saveat, solver_state=state, throw=False) | options
+        solver, term = kwargs.pop("solver"), diffrax.ODETerm(field)
+        sol = diffrax.diffeqsolve(term, solver, 0.0, 10.0, None, y0, args, **kwargs)
         return jnp.sum(sol.ys**2), (sol.solver_state, sol.stats)
 
-    return loss
+    def total(options, y0, args, state):
+        each = lambda y0, state: loss(options, y0, args, state)
+        values, rest = jax.vmap(each)(y0, state)
+        return jnp.sum(values), rest
+
+    return total if batch else loss
 
 
 def _deer_options(num_steps: int, scan: Any) -> dict[str, Any]:
@@ -243,37 +287,71 @@ def _deer_options(num_steps: int, scan: Any) -> dict[str, Any]:
     return dict(solver=solver, stepsize_controller=controller, adjoint=adjoint)
 
 
-def ode(num_steps: str, num_devices: str) -> Any:
-    """Value, gradient, and a second solve that starts from the first one."""
-    count, mesh = int(num_steps), make_mesh(int(num_devices))
-    times = jnp.linspace(0.0, 10.0, 9)
-    saveat = diffrax.SaveAt(ts=times, solver_state=True)
-    loss = _ode(count, saveat)
-    grid = diffrax.StepTo(jnp.linspace(0.0, 10.0, count + 1))
-    adjoint = diffrax.RecursiveCheckpointAdjoint()
-    plain = dict(stepsize_controller=grid, adjoint=adjoint, solver=diffrax.Dopri5())
-    deer = _deer_options(count, ShardedScan(mesh, "time"))
-    arguments = np.array([1.0, 0.5]), np.array([1.0, 2.0])
+def _cold(options: dict[str, Any], y0: Any) -> Any:
+    term = diffrax.ODETerm(lambda t, y, args: y)
+    start = lambda y0: options["solver"].init(term, 0.0, 10.0, y0, None)
+    return (jax.vmap(start) if jnp.ndim(y0) > 1 else start)(jnp.asarray(y0))
 
-    def gradient(options, *arguments):
-        function = lambda *a: loss(options, *a)
-        function = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
-        return jax.jit(function).lower(*arguments).compile()
 
-    (value, _), expected = gradient(plain, *arguments)(*arguments)
-    placed = [put(mesh, x) for x in arguments]
-    compiled = gradient(deer, *placed)
-    (found, (state, stats)), grad = compiled(*placed)
-    warm = gradient(deer, *placed, state)
-    (again, (_, warm_stats)), warm_grad = warm(*placed, state)
-    return {
-        "errors": relative_errors((found, grad), (value, expected)),
-        "warm errors": relative_errors((again, warm_grad), (value, expected)),
-        "iterations": int(stats["num_newton_iterations"]),
-        "warm iterations": int(warm_stats["num_newton_iterations"]),
-        "collectives": collectives(compiled),
-        "spec": list(state.ys.sharding.spec),
-    }
+def _gradient(loss: Callable, options: dict[str, Any], arguments: Any) -> Any:
+    function = lambda *a: loss(options, *a)
+    function = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def _plain(saveat: diffrax.SaveAt, num_steps: int, batch: bool) -> Callable:
+    """The same by diffrax's own loop, over the times that are the first argument."""
+    loss, adjoint = _ode(saveat), diffrax.RecursiveCheckpointAdjoint()
+    options = dict(solver=diffrax.Dopri5(), adjoint=adjoint, max_steps=num_steps + 1)
+
+    def plain(ts, y0, args):
+        to = dict(stepsize_controller=diffrax.StepTo(ts))
+        return loss(options | to, y0, args, None)[0]
+
+    def total(ts, y0, args):
+        return jnp.sum(jax.vmap(plain, (0, 0, None))(ts, y0, args))
+
+    function = total if batch else plain
+    return jax.jit(jax.value_and_grad(function, argnums=(1, 2)))
+
+
+def ode(grid: str, num_steps: str, size: str, num_times: str, *meshes: str) -> Any:
+    """Value and gradient of a solve, and of a second one that starts from its state."""
+    count, found = int(num_steps), {}
+    saveat = diffrax.SaveAt(
+        ts=jnp.linspace(0.0, 10.0, int(num_times)), solver_state=True
+    )
+    grids = {"uniform": None, "equidistributed": Equidistributed(1e-6, 1e-6)}
+    y0, args = np.linspace(0.5, 1.0, int(size)), np.linspace(2.0, 1.0, int(size))
+    for shape in meshes:
+        mesh, batch, several = _mesh(shape)
+        y0s, options = several(y0), _deer_options(count, ShardedScan(mesh, "time"))
+        options["solver"] = dataclasses.replace(options["solver"], grid=grids[grid])
+
+        def place(x, mesh=mesh, batch=batch):
+            fits = count in x.shape and count % mesh.shape["time"] == 0
+            return put(mesh, x, *batch, *["time"] * fits)
+
+        state = jax.tree.map(place, _cold(options, y0s))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        everywhere = NamedSharding(mesh, P())
+        nodes = jax.jit(lambda state: state.ts, out_shardings=everywhere)
+        placed = put(mesh, y0s, *batch), put(mesh, args)
+        compiled = _gradient(_ode(saveat, bool(batch)), options, (*placed, state))
+        plain = _plain(saveat, count, bool(batch))
+        found[shape] = {"collectives": collectives(compiled)}
+        for name in ("cold", "warm"):
+            (value, (state, stats)), grad = compiled(*placed, state)
+            ts = np.asarray(nodes(state))
+            expected = plain(ts, y0s, args)
+            found[shape][name] = {
+                "errors": relative_errors((value, grad), expected),
+                "iterations": int(np.max(stats["num_newton_iterations"])),
+                "specs": [list(x.sharding.spec) for x in (state.ends, state.ys)],
+                "unevenness": float(np.max(np.abs(np.diff(ts, 2)))),
+            }
+            state = jax.device_put(state, shardings)
+    return found
 
 
 def memory(what: str) -> Any:
@@ -291,13 +369,13 @@ def memory(what: str) -> Any:
             arguments = shape(w, mesh), shape(y0, mesh), shape(xs, mesh, "time")
             compiled = _compiled(loss, _deer(scan), arguments)
         else:
-            total = _ode(num_steps, diffrax.SaveAt(t1=True))
+            num_times = {"few times": 65, "all times": num_steps}[what]
+            loss = _ode(diffrax.SaveAt(ts=jnp.linspace(0.0, 10.0, num_times)))
             options = _deer_options(num_steps, scan)
-            function = jax.value_and_grad(
-                lambda *a, o=options, f=total: f(o, *a)[0], argnums=(0, 1)
-            )
-            arguments = shape(y0, mesh), shape(y0, mesh)
-            compiled = jax.jit(function).lower(*arguments).compile()
+            place = lambda x, m=mesh: shape(x, m, *["time"] * (num_steps in x.shape))
+            state = jax.tree.map(place, _cold(options, y0))
+            arguments = shape(y0, mesh), shape(y0, mesh), state
+            compiled = _gradient(loss, options, arguments)
         found.append(compiled.memory_analysis().temp_size_in_bytes)
     return found
 
@@ -373,13 +451,13 @@ def shard_map(*names: str) -> Any:
 # ---- Two processes ----
 
 
-def process(rank: str, port: str) -> Any:
-    """One of two processes with four devices each."""
+def process(rank: str, port: str, name: str, *words: str) -> Any:
+    """A program in one of two processes with four devices each."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         f"127.0.0.1:{port}", 2, int(rank), heartbeat_timeout_seconds=30
     )
-    found = recurrence("4096", "2", "8")
+    found = globals()[name](*words)
     jax.distributed.shutdown()
     return found
 

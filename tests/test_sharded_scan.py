@@ -36,6 +36,9 @@ _SECONDS = 280
 def _start(*words: str, devices: int = 8) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.sharded_programs", *words]
     environment = os.environ | {"DEVICES": str(devices)}
+    if words[0] not in ("scans", "lookups", "shard_map"):
+        # As for users: what is exchanged, and kept, is decided by optimizations.
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(command, cwd=_ROOT, env=environment, text=True, **pipes)
 
@@ -54,8 +57,21 @@ def _run(*words: str, devices: int = 8) -> Any:
     return _result(_start(*words, devices=devices))
 
 
-def _largest(collectives: list[tuple[int, bool]], in_loop: bool = False) -> int:
-    return max(size for size, is_inside in collectives if is_inside or not in_loop)
+def _largest(collectives: list[Any], in_loop: bool = False, kind: str = "") -> int:
+    """The size of the largest one; a `kind` that is left out is any."""
+    found = (c for c in collectives if c[0].startswith(kind) and (c[2] or not in_loop))
+    return max((size for _, size, _ in found), default=0)
+
+
+def _process(*words: str) -> list[Any]:
+    """What both of two processes of four devices have found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # The other one first: that of rank 0 waits for it.
+    ranks = "1", "0"
+    started = [_start("process", rank, port, *words, devices=4) for rank in ranks]
+    return [_result(process) for process in started]
 
 
 # ---- Time ----
@@ -68,30 +84,40 @@ def test_scan_of_every_structure_is_sequential_with_derivatives():
         assert error < 1e-13, name
 
 
-# The other numbers of devices, in one process, compile for half a minute.
+def _check_recurrence(found: Any, num_steps: int) -> None:
+    for shape, result in found.items():
+        assert max(result["errors"]) < 1e-10
+        # Of steps that do not fit the inputs are on all devices, and so is their
+        # cotangent.
+        fits = num_steps % int(shape[-1]) == 0
+        if shape != "1":
+            assert ("time" in result["specs"][-1]) == fits
+            assert _largest(result["collectives"], in_loop=not fits) < num_steps
+
+
+def test_steps_are_looked_up_as_by_numpy_with_derivatives():
+    errors = _run("lookups")
+    assert len(errors) == 3
+    assert max(errors.values()) < 1e-14
+
+
+# The other meshes, in one process, compile for half a minute.
 @pytest.mark.parametrize(
-    ("num_steps", "size", "num_devices"),
+    ("num_steps", "size", "meshes"),
     [
-        (4096, 8, "1 2 8"),
+        (4096, 8, "1 2 8 2x4"),
         (1001, 2, "8"),
-        slowly(4096, 2, "1 2 8"),
-        slowly(1001, 8, "1 2 8"),
-        slowly(1001, 2, "1 2"),
+        slowly(4096, 2, "1 2 8 2x4"),
+        slowly(1001, 8, "1 2 8 2x4"),
+        slowly(1001, 2, "1 2 2x4"),
     ],
 )
 def test_recurrence_is_lax_scan_and_exchanges_nothing_of_its_length(
-    num_steps, size, num_devices
+    num_steps, size, meshes
 ):
-    words = num_devices.split()
-    found = _run("recurrence", str(num_steps), str(size), *words)
-    assert list(found) == words
-    for count, result in found.items():
-        assert max(result["errors"]) < 1e-10
-        if int(count) > 1:
-            # Of steps that do not fit the inputs are on all devices, and so is their
-            # cotangent.
-            fits = num_steps % int(count) == 0
-            assert _largest(result["collectives"], in_loop=not fits) < num_steps
+    found = _run("recurrence", str(num_steps), str(size), *meshes.split())
+    assert list(found) == meshes.split()
+    _check_recurrence(found, num_steps)
 
 
 def test_other_scans_exchange_all_steps_in_each_iteration():
@@ -99,44 +125,92 @@ def test_other_scans_exchange_all_steps_in_each_iteration():
     assert _largest(_run("no_sharded_scan", "4096", "8"), in_loop=True) >= 4096 * 8
 
 
-def test_batch_and_time_have_an_axis_of_the_mesh_each():
-    found = _run("batch")
-    assert max(found["errors"]) < 1e-10
-    assert _largest(found["collectives"]) < 256
-    assert found["specs"] == [["batch"], ["batch"], ["batch", "time"]]
+def _check_ode(found: Any, num_steps: int, num_times: int) -> None:
+    for shape, result in found.items():
+        cold, warm = result["cold"], result["warm"]
+        assert max(cold["errors"] + warm["errors"]) < 1e-10
+        fits = num_steps % int(shape[-1]) == 0
+        steps = [*["batch"] * ("x" in shape), *["time"] * fits]
+        if shape != "1":
+            # The guess is taken as it is given, and given on, in parts.
+            # (Its times are the same for all samples of a batch.)
+            for ends, ys in (cold["specs"], warm["specs"]):
+                assert ys == steps
+                assert ("time" in ends) == fits
+            # Of steps that do not fit the state is on all devices.
+            exchanged = result["collectives"]
+            assert _largest(exchanged, not fits, "all-gather") < num_steps
+        if num_times < num_steps / 8 and fits:
+            assert _largest(result["collectives"]) < num_steps
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "num_devices"), [(1024, 8), slowly(1001, 8), slowly(4096, 2)]
+    ("num_steps", "size", "meshes"),
+    [
+        (4096, 2, "8"),
+        slowly(4096, 2, "1 2"),
+        slowly(4096, 2, "2x4"),
+        *(
+            slowly(num_steps, size, meshes)
+            for num_steps, size in ((4096, 8), (1001, 2), (1001, 8))
+            for meshes in ("1 2", "8 2x4")
+        ),
+    ],
 )
-def test_differential_equation_is_sequential_diffrax(num_steps, num_devices):
-    found = _run("ode", str(num_steps), str(num_devices))
-    assert max(found["errors"] + found["warm errors"]) < 1e-10
-    assert found["warm iterations"] <= 1 < found["iterations"]
-    assert _largest(found["collectives"], in_loop=True) < num_steps
-    if num_steps % num_devices == 0:
-        # The times of all steps are gathered, once; the states stay where they are.
-        assert found["spec"] == ["time"]
-        assert _largest(found["collectives"]) < 2 * num_steps
+def test_differential_equation_is_sequential_diffrax_and_its_state_a_guess(
+    num_steps, size, meshes
+):
+    found = _run("ode", "uniform", str(num_steps), str(size), "9", *meshes.split())
+    assert list(found) == meshes.split()
+    _check_ode(found, num_steps, 9)
+    for result in found.values():
+        assert result["warm"]["iterations"] <= 1 < result["cold"]["iterations"]
+        assert result["warm"]["unevenness"] < 1e-13
 
 
-@pytest.mark.parametrize("what", ["recurrence", slowly("ode")])
+# One save time a step, and more than a device has steps.
+@pytest.mark.parametrize("num_times", [slowly(4096), slowly(1000)])
+def test_many_save_times_are_found_in_parts(num_times):
+    (result,) = _run("ode", "uniform", "4096", "2", str(num_times), "8").values()
+    _check_ode({"8": result}, 4096, num_times)
+    # What a device has: of each of its steps seven stages, or what is made of them.
+    parts = _largest(result["collectives"], kind="collective-permute")
+    assert parts <= 4096 // 8 * 7 * 2
+    assert _largest(result["collectives"], kind="all-reduce") < 512
+
+
+@pytest.mark.parametrize("meshes", [slowly("8"), slowly("2 2x4")])
+def test_steps_are_where_the_error_is(meshes):
+    found = _run("ode", "equidistributed", "512", "2", "9", *meshes.split())
+    for result in found.values():
+        cold, warm = result["cold"], result["warm"]
+        assert max(cold["errors"] + warm["errors"]) < 1e-10
+        assert cold["unevenness"] > 1e-2
+        assert warm["unevenness"] not in (0, cold["unevenness"])
+        assert cold["specs"][0][-1] == warm["specs"][1][-1] == "time"
+
+
+@pytest.mark.parametrize(
+    "what", ["recurrence", slowly("few times"), slowly("all times")]
+)
 def test_eight_devices_need_less_than_a_quarter_of_the_memory_each(what):
     one, eight = _run("memory", what)
     assert eight < one / 4
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_of_eight():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # The other one first: that of rank 0 waits for it.
-    processes = [_start("process", rank, port, devices=4) for rank in ("1", "0")]
-    for process in processes:
-        (result,) = _result(process).values()
-        assert max(result["errors"]) < 1e-10
-        assert _largest(result["collectives"]) < 4096
+@pytest.mark.parametrize("num_steps", [4096, 1001])
+@pytest.mark.parametrize("size", [2, 8])
+def test_two_processes_of_four_devices_are_one_of_eight(num_steps, size):
+    for found in _process("recurrence", str(num_steps), str(size), "8"):
+        _check_recurrence(found, num_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [4096, 1001])
+def test_differential_equation_in_two_processes(num_steps):
+    for found in _process("ode", "uniform", str(num_steps), "2", "9", "8"):
+        _check_ode(found, num_steps, 9)
 
 
 # ---- A batch ----

@@ -169,10 +169,10 @@ class _Replay(eqx.Module):
         num_steps, inner = windows.solver.window_steps, windows.inner_step(self.state.y)
         # A fixed grid looks at nothing but the ends.
         place, state = windows.solver.places.place, self.state.solver_state
-        ts, _ = place(inner, ends, num_steps, y, state)
+        nodes, _ = place(inner, ends, num_steps, y, state)
         num_solved = num_kept * num_steps
         ys = hold_last(y, ys, num_solved)
-        trajectory = solve_grid(inner, ts, y, ys, Given(num_solved), self.gradient)
+        trajectory = solve_grid(inner, nodes, y, ys, Given(num_solved), self.gradient)
         begun = lax.stop_gradient(ends[0]) > windows.t0
         after = jnp.where(begun, ends[0], -jnp.inf)
         saved = _saved(windows, trajectory, num_solved, after)
@@ -218,7 +218,7 @@ def _saved(
     num_missing = num_parts * length - num_times
     missing = jnp.full(num_missing, jnp.inf, ts.dtype)
     all_ts = jnp.concatenate([ts, missing]).reshape(num_parts, length)
-    ends, steps = lax.stop_gradient(trajectory.ts[1:]), (points, trajectory.dense_infos)
+    ends, steps = lax.stop_gradient(trajectory.ends), (points, trajectory.dense_infos)
 
     def look_up(t, here, which):
         (t0, t1), infos = jax.tree.map(lambda x: x[which], steps)

@@ -24,6 +24,7 @@ from .._ode.solver_step import SolverStep
 from .._ode.whole_interval import WholeInterval
 from .._ode.window_state import WindowState
 from .._statistics import Statistics
+from .._time_axis import TimeAxis
 from .events import EventSearch
 
 
@@ -32,7 +33,7 @@ class Steps(eqx.Module):
 
     - `t0s`, `t1s`, `(time,)`, and `y0s`, `(time, state)`: where to evaluate the step,
         another one where there is no solution.
-    - `ends`, `(time,)`, and `y1s`, `(time, state)`: where the step leads.
+    - `ends`, `(time,)`: when the step ends.
     - `taken`, `(time,)`: whether it belongs to the solution.
     """
 
@@ -40,17 +41,16 @@ class Steps(eqx.Module):
     t1s: Float[Array, " time"]
     y0s: States
     ends: Float[Array, " time"]
-    y1s: States
     taken: Bool[Array, " time"]
 
     def locate(
-        self, ts: Float[Array, " times"]
+        self, ts: Float[Array, " times"], axis: TimeAxis
     ) -> tuple[Int[Array, " times"], Bool[Array, " times"]]:
         """The step that each of `ts` lies in, and whether there is one."""
-        # Increasing, also where a step has not been taken.
-        ends = lax.cummax(jnp.where(self.taken, self.ends, -jnp.inf))
-        index = jnp.searchsorted(lax.stop_gradient(ends), ts)
-        found = index < len(ends)
+        # Increasing: those that have not been taken come last.
+        ends = jnp.where(self.taken, self.ends, jnp.inf)
+        index = axis.searchsorted(lax.stop_gradient(ends), ts)
+        found = index < jnp.sum(self.taken, dtype=index.dtype)
         # The first step stands in: the last one may be far from any time that is asked.
         return jnp.where(found, index, 0), found
 
@@ -187,11 +187,12 @@ class Windows(eqx.Module):
         ends = jnp.concatenate([start, following])
         return ends if self.max_steps is None else ends[: self.max_steps + 1]
 
-    def event_values(self, ts: Float[Array, " time"], ys: States, unravel) -> Any:
-        """The values of all event functions at `ts`, leaves of shape `(time,)`."""
-        event = self.event
+    def event_values(self, trajectory: Trajectory) -> Any:
+        """Those of all event functions after each step, leaves of shape `(time,)`."""
+        event, unravel = self.event, trajectory.inner.unravel
         assert event is not None
-        return jax.vmap(lambda t, y: event.values(t, unravel(y)))(ts, ys)
+        values = lambda t, y: event.values(t, unravel(y))
+        return jax.vmap(values)(trajectory.ends, trajectory.ys)
 
     def running(self, state: LoopState) -> Bool[Array, ""]:
         """Whether there is another window to solve."""
@@ -207,7 +208,7 @@ class Windows(eqx.Module):
 def steps_of(trajectory: Trajectory, taken: Bool[Array, " time"]) -> Steps:
     """The steps of a trajectory; `taken`, `(time,)`, if they belong to the solution."""
     (t0s, t1s), y0s = trajectory.points()
-    return Steps(t0s, t1s, y0s, trajectory.ts[1:], trajectory.ys, taken)
+    return Steps(t0s, t1s, y0s, trajectory.ends, taken)
 
 
 def event_result(happened: Bool[Array, ""], result: diffrax.RESULTS) -> diffrax.RESULTS:

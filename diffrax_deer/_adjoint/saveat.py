@@ -6,11 +6,14 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import Args, DenseInfo, RealScalarLike, Y
+from .._ode.grid_solve import Trajectory
 from .._ode.solver_step import SolverStep
-from .._prefix import with_derivative_of
+from .._prefix import select, with_derivative_of
+from .._time_axis import TimeAxis
 from .loop_state import Ends, Steps
 
 
@@ -40,25 +43,26 @@ def _recompute(known: DenseInfo, inner: SolverStep, steps: Steps) -> DenseInfo:
 
 
 def interpolate(
-    inner: SolverStep,
+    trajectory: Trajectory,
     steps: Steps,
-    infos: DenseInfo,
     ts: Float[Array, " times"],
     index: Int[Array, " times"],
+    axis: TimeAxis,
 ) -> PyTree[Array]:
     """The solution at all of `ts`, each in the step of that index.
 
-    Leaves of leading axis `times`. `infos`: what the steps have yielded.
+    Leaves of leading axis `times`. `axis`: where the steps lie.
     """
-    if len(ts) < len(steps.ends):
-        steps, infos = jax.tree.map(lambda x: x[index], (steps, infos))
-        index = jnp.arange(len(ts))
+    inner, infos = trajectory.inner, trajectory.dense_infos
+    few = len(ts) < len(steps.ends)
+    if few:
+        steps, infos = axis.take((steps, infos), index)
         infos = _recompute(infos, inner, steps)
     # The interpolation itself is looked up, with what it has prepared: fewer numbers
     # than the stages that it is made from.
     path = lambda step, info: _interpolation(inner, step, info)
     paths = jax.vmap(path)(steps, infos)
-    paths = jax.tree.map(lambda x: x[index], paths)
+    paths = paths if few else axis.take(paths, index)
     return jax.vmap(lambda t, path: path.evaluate(t))(ts, paths)
 
 
@@ -128,16 +132,19 @@ def save(
         found = times.found
         if final.cut:
             found = found & (times.ts <= final.t)
-        where = offset + jnp.arange(len(found))
+        values = times.ts, jax.vmap(function)(times.ts, times.ys)
         if ends is not None and saved_ends is not None:
+            where = offset + jnp.arange(len(found))
             num_ends = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(saved_ends)])
             where = where + num_ends[jnp.searchsorted(ends[0].ts, times.ts)]
-        parts.append(
-            (
-                jnp.where(found, where, size),
-                (times.ts, jax.vmap(function)(times.ts, times.ys)),
-            )
-        )
+            parts.append((jnp.where(found, where, size), values))
+        else:
+            # Known places: what lies on several devices stays there.
+            values = jax.tree.map(lambda x, b: x.astype(b.dtype), values, buffers)
+            here = slice(offset, offset + len(found))
+            old = jax.tree.map(lambda b: b[here], buffers)
+            put = lambda b, x: lax.dynamic_update_slice_in_dim(b, x, offset, 0)
+            buffers = jax.tree.map(put, buffers, jax.vmap(select)(found, values, old))
         num_saved = num_saved + jnp.sum(found)
     if saved_ends is not None:
         assert ends is not None
@@ -160,12 +167,8 @@ def save(
 
 def _saves_end(sub: diffrax.SubSaveAt, final: Final) -> Any:
     """Whether the final value is to be saved, beside what `steps` saves."""
-    if sub.steps == 0:
-        by_steps = False
-    elif sub.steps == 1:
-        by_steps = True
-    else:
-        by_steps = final.num_accepted % sub.steps == 0
+    each = sub.steps == 1
+    by_steps = sub.steps != 0 and (each or final.num_accepted % sub.steps == 0)
     if final.cut:
         # The end of the step beyond the root has not been saved.
         return sub.t1 | by_steps

@@ -11,10 +11,12 @@ from jaxtyping import Array, Float
 
 from .._ode.grid_solve import Trajectory
 from .._prefix import at, count_leading_true, select
+from .._time_axis import TimeAxis
 from .loop_state import (
     Ends,
     LoopState,
     Outcome,
+    Steps,
     Windows,
     event_result,
     steps_of,
@@ -22,57 +24,49 @@ from .loop_state import (
 from .saveat import interpolate
 
 
-def _solve(
-    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
-) -> tuple[Trajectory, Any]:
-    """Also returns the state of the solver: of single steps what any solve begins with.
-
-    That of windows is a guess for the next solve.
-    """
-    solver, inner = windows.solver, windows.inner_step(state.y)
-    trajectory, new = solver.solve_windows(
-        inner, window_ends, state.y, state.solver_state
-    )
-    return trajectory, state.solver_state if solver.makes_single_steps else new
-
-
 def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
     num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
-    trajectory, solver_state = _solve(windows, state, window_ends)
-    ts = trajectory.ts
-    num_succeeded = count_leading_true(trajectory.succeeded)
-    num_solved = jnp.minimum(trajectory.statistics.num_solved, num_succeeded)
+    solver, inner = windows.solver, windows.inner_step(state.y)
+    trajectory, solver_state = solver.solve_windows(
+        inner, window_ends, state.y, state.solver_state
+    )
+    if solver.makes_single_steps:
+        # What any solve begins with; that of windows is a guess for the next one.
+        solver_state = state.solver_state
+    statistics, succeeded = trajectory.statistics, trajectory.succeeded
+    num_solved = jnp.minimum(statistics.num_solved, count_leading_true(succeeded))
     # A window that fails is the last one, and counts.
     num_done = jnp.minimum(num_solved // num_steps + 1, num_windows)
     result, last = trajectory.result(), num_done * num_steps - 1
-    event_values, mask = state.event_values, state.event_mask
+    mask, index = state.event_mask, jnp.arange(len(trajectory.ys))
     if windows.event is not None:
-        valid = jnp.arange(len(ts) - 1) < num_solved
-        values = windows.event_values(ts[1:], trajectory.ys, trajectory.inner.unravel)
-        index, mask = windows.event.first(state.event_values, values, valid)
-        happened = index < len(valid)
-        last = jnp.where(happened, index, last)
+        values, valid = windows.event_values(trajectory), index < num_solved
+        where, mask = windows.event.first(state.event_values, values, valid)
+        happened = where < len(valid)
+        last = jnp.where(happened, where, last)
         num_done = last // num_steps + 1
         result = event_result(happened, result)
     started = windows.running(state)
-    steps = steps_of(trajectory, started & (jnp.arange(len(ts) - 1) <= last))
+    steps = steps_of(trajectory, started & (index <= last))
     flat = jnp.where(started, at(trajectory.ys, last), trajectory.y0)
-    statistics = trajectory.statistics
     num_done = jnp.where(started, num_done, 0)
+    controller_state = state.controller_state
+    if type(windows.controller) is diffrax.StepTo:
+        controller_state = controller_state + num_done
     new = LoopState(
-        t_prev=jnp.where(started, at(ts[1:], last), state.t_prev),
-        t_next=ts[-1],
+        t_prev=jnp.where(started, at(trajectory.ends, last), state.t_prev),
+        t_next=trajectory.ends[-1],
         y=trajectory.inner.unravel(flat),
         made_jump=jnp.array(False),
         solver_state=solver_state,
-        controller_state=_step_to_state(windows.controller, state, num_done),
+        controller_state=controller_state,
         result=diffrax.RESULTS.where(started, result, state.result),
         num_steps=num_done,
         num_accepted=num_done,
-        event_values=event_values,
+        event_values=state.event_values,
         event_mask=select(started, mask, state.event_mask),
         num_iterations=statistics.num_iterations,
         max_iterations=statistics.num_iterations,
@@ -81,25 +75,23 @@ def static_windows(
         gradient=statistics.gradient,
     )
     ends = _ends(trajectory, num_steps, last, num_done) if windows.save_ends else None
-    ts = windows.save_ts
-    index, found = steps.locate(ts)
+    ys, found = _saved(windows, trajectory, steps)
+    return Outcome(new, ys, found, steps, steps[last][None], ends)
+
+
+def _saved(windows: Windows, trajectory: Trajectory, steps: Steps) -> tuple[Any, Array]:
+    """The solution at all save times, and which of them have been `found`."""
+    ts, scan = windows.save_ts, trajectory.statistics.method.sharded_scan
+    axis = TimeAxis() if scan is None else scan.time_axis
+    index, found = steps.locate(ts, axis)
     # What has not been found is at t0, where everything is finite.
     ts = jnp.where(found, ts, windows.t0)
-    ys = None
-    if len(ts) > 0:
-        ys = interpolate(trajectory.inner, steps, trajectory.dense_infos, ts, index)
-    return Outcome(new, ys, found, steps, steps[last][None], ends)
+    ys = interpolate(trajectory, steps, ts, index, axis) if len(ts) > 0 else None
+    return ys, found
 
 
 def _ends(trajectory: Trajectory, num_steps: int, last: Array, num_done: Array) -> Ends:
     """The ends of windows of `num_steps` steps, up to the step `last`."""
     index = jnp.arange(len(trajectory.ys) // num_steps)
     at = jnp.minimum((index + 1) * num_steps - 1, last)
-    return Ends(trajectory.ts[at + 1], trajectory.ys[at], index < num_done)
-
-
-def _step_to_state(controller: Any, state: LoopState, num_done: Array) -> Any:
-    """`StepTo` counts; `WholeInterval` has no state."""
-    if type(controller) is diffrax.StepTo:
-        return state.controller_state + num_done
-    return state.controller_state
+    return Ends(trajectory.ends[at], trajectory.ys[at], index < num_done)

@@ -214,9 +214,9 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """
         y0 = promoted(y0, t0)
         (flat, _), inner = ravel(y0), self.inner_step(terms, y0, args)
-        ts = jnp.linspace(t0, t0, self.window_steps + 1)
-        found = plan(inner, ts, flat, self.method, self.gradient)
-        method = found.method.resolve(found.step_map, found.state, len(ts) - 1)
+        ts = jnp.linspace(t0, t0, self.window_steps)
+        found = plan(inner, (ts[0], ts), flat, self.method, self.gradient)
+        method = found.method.resolve(found.step_map, found.state, len(ts))
         return method, found.gradient
 
     def quadratures(
@@ -279,7 +279,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
         trajectory, state = self.solve_windows(inner, ends, y0, solver_state)
         y1, error = unravel(trajectory.ys[-1]), optional(trajectory.largest_error())
-        dense_info = {"ts": trajectory.ts, "infos": trajectory.dense_infos}
+        dense_info = {"ts": state.ts, "infos": trajectory.dense_infos}
         result = trajectory.result()
         return y1, error, dense_info, state, result, trajectory.statistics
 
@@ -289,12 +289,12 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         """Solves the windows between `ends` together; `state` is that of the solver."""
         grid, flat = self.places, ravel(y0)[0]
         check_errors(state, grid.measures_errors)
-        ts, state = grid.place(inner, ends, self.window_steps, flat, state)
-        method = self.method or default_method(len(ts) - 1, flat.size)
-        guess = jnp.zeros((len(ts) - 1, flat.size), flat.dtype)
+        nodes, state = grid.place(inner, ends, self.window_steps, flat, state)
+        method = self.method or default_method(len(nodes[1]), flat.size)
+        guess = jnp.zeros((len(nodes[1]), flat.size), flat.dtype)
         if method.uses_guess:
             local = method.sharded_scan is None
-            guess = initial_guess(self.guess, inner.terms, ts, y0, state, local)
-        trajectory = solve_grid(inner, ts, flat, guess, self.method, self.gradient)
+            guess = initial_guess(self.guess, inner.terms, nodes[1], y0, state, local)
+        trajectory = solve_grid(inner, nodes, flat, guess, self.method, self.gradient)
         errors = grid.scaled_errors(trajectory) if grid.measures_errors else None
         return trajectory, window_state(trajectory, errors, state.error_bound)

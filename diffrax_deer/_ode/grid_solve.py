@@ -14,19 +14,22 @@ from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
 from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
-from .._prefix import max_norm
+from .._prefix import max_norm, shift
 from .._solve import evaluation_points, solve
 from .._statistics import Statistics
 from .._step_map import StepMap
 from .quadrature import Partition, partition
 from .solver_step import SolverStep
 
+# Where the first of all steps begins, and where they end.
+Nodes = tuple[Float[Array, ""], Float[Array, " time"]]
+
 
 class Trajectory(eqx.Module):
     """All steps of a diffrax solver on a grid of times.
 
     - `inner`: the step.
-    - `ts`, `(times,)`: the grid, increasing.
+    - `starts`, `ends`, `(time,)`: those of each step, increasing.
     - `y0`, `(state,)`, and `ys`, `(time, state)`: the states, the initial one apart.
     - `statistics`: of the solve. Steps that it did not solve hold the last good state.
     - `errors`, `(time, state)`, or `None`: the estimates of the error of each step.
@@ -35,7 +38,8 @@ class Trajectory(eqx.Module):
     """
 
     inner: SolverStep
-    ts: Float[Array, " times"]
+    starts: Float[Array, " time"]
+    ends: Float[Array, " time"]
     y0: State
     ys: States
     statistics: Statistics
@@ -48,7 +52,7 @@ class Trajectory(eqx.Module):
 
         Functions of the solution that are evaluated there have finite derivatives.
         """
-        xs, placeholder = (self.ts[:-1], self.ts[1:]), (self.ts[0], self.ts[0])
+        xs, placeholder = (self.starts, self.ends), (self.starts[0],) * 2
         num_solved = self.statistics.num_solved
         return evaluation_points(self.y0, xs, self.ys, num_solved, placeholder)
 
@@ -100,18 +104,18 @@ class Plan(NamedTuple):
 
 def plan(
     inner: SolverStep,
-    ts: Float[Array, " times"],
+    nodes: Nodes,
     y0: State,
     method: AbstractMethod | None,
     gradient: AbstractGradient | None,
 ) -> Plan:
     """Arguments as for `solve_grid`."""
-    parts = partition(inner, (ts[0], ts[1]), y0)
+    parts = partition(inner, (nodes[0], nodes[1][0]), y0)
     state, step_map = y0, inner.step_map(y0)
     if parts is not None:
         state, _ = parts.split(y0)
         step_map = parts.step_map(state)
-    num_steps, arguments = len(ts) - 1, (inner, ts, y0)
+    num_steps, arguments = len(nodes[1]), (inner, nodes, y0)
     if method is None:
         method = default_method(num_steps, state.size)
     if gradient is None:
@@ -127,23 +131,26 @@ def plan(
 
 def solve_grid(
     inner: SolverStep,
-    ts: Float[Array, " times"],
+    nodes: Nodes,
     y0: State,
     guess: States,
     method: AbstractMethod | None,
     gradient: AbstractGradient | None,
 ) -> Trajectory:
-    """Makes all the steps of `inner` from `ts[n]` to `ts[n + 1]`, differentiably.
+    """Makes all the steps of `inner` from node to node, differentiably.
 
     The other arguments are those of `solve`; `None` for what is fastest.
     """
-    check_memory(inner.solver, inner.has_memory((ts[0], ts[1]), y0))
-    xs, placeholder = (ts[:-1], ts[1:]), (ts[0], ts[0])
-    parts, step_map, state, method, gradient = plan(inner, ts, y0, method, gradient)
+    t0, ends = nodes
+    check_memory(inner.solver, inner.has_memory((t0, ends[0]), y0))
+    parts, step_map, state, method, gradient = plan(inner, nodes, y0, method, gradient)
+    if method.sharded_scan is not None:
+        ends = method.sharded_scan.time_axis.place(ends)
+    xs = shift(t0, ends), ends
     if parts is not None:
         guess, _ = jax.vmap(parts.split)(guess)
     ys, statistics, steps = solve(
-        step_map, state, xs, guess, method, gradient, placeholder
+        step_map, state, xs, guess, method, gradient, (t0, t0)
     )
     if parts is not None:
         ys, steps = parts.complete(y0, ys, steps)
@@ -151,5 +158,5 @@ def solve_grid(
     if steps.result is not None:
         succeeded = steps.result == diffrax.RESULTS.successful
     return Trajectory(
-        inner, ts, y0, ys, statistics, steps.error, steps.dense_info, succeeded
+        inner, *xs, y0, ys, statistics, steps.error, steps.dense_info, succeeded
     )

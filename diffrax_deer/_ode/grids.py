@@ -28,11 +28,12 @@ from .._defaults import (
 )
 from .._prefix import hold_last, shift
 from .._ravel import ravel
-from .grid_solve import Trajectory
+from .grid_solve import Nodes, Trajectory
 from .solver_step import SolverStep
 from .window_state import WindowState, interpolate
 
 Times = Float[Array, " times"]
+Parts = Float[Array, "windows times"]
 
 
 def _unit(x: Array) -> Array:
@@ -50,12 +51,12 @@ def _sides(ends: Float[Array, " ends"]) -> tuple[Array, Array]:
     return ends[:-1, None], ends[1:, None]
 
 
-def between(ends: Float[Array, " ends"], parts: Float[Array, "windows times"]) -> Times:
+def between(ends: Float[Array, " ends"], parts: Parts) -> Nodes:
     """The nodes at these parts of each window, constants for a derivative."""
-    parts = lax.stop_gradient(parts).astype(ends.dtype)
+    parts = lax.stop_gradient(parts[:, 1:]).astype(ends.dtype)
     first, last = _sides(ends)
-    ts = first * (1 - parts) + last * parts
-    return jnp.concatenate([ts[:, :-1].reshape(-1), ends[-1:]])
+    ts = (first * (1 - parts) + last * parts).reshape(-1)
+    return ends[0], ts
 
 
 class AbstractGrid(eqx.Module):
@@ -86,7 +87,7 @@ class AbstractGrid(eqx.Module):
         num_steps: int,
         y0: State,
         state: WindowState,
-    ) -> tuple[Times, WindowState]:
+    ) -> tuple[Nodes, WindowState]:
         """The nodes of all windows, and a state to take a guess from.
 
         **Arguments:**
@@ -97,7 +98,8 @@ class AbstractGrid(eqx.Module):
         - `y0`: the initial state, `(state,)`.
         - `state`: of the solve before.
 
-        Returns the times, `(windows * N + 1,)`, with a derivative for `ends` alone.
+        Returns where the first step begins, and where all of them end,
+        `(windows * N,)`, with a derivative for `ends` alone.
         """
         del inner, y0
         parts = self.fractions(num_steps)
@@ -110,7 +112,9 @@ class Uniform(AbstractGrid):
     """Steps of equal length: what `grid=None` means."""
 
     def fractions(self, num_steps):
-        return jnp.linspace(0.0, 1.0, num_steps + 1)
+        # Not by `linspace`, which joins the last one to the others.
+        index = jnp.arange(num_steps + 1)
+        return jnp.where(index == num_steps, 1.0, index / num_steps)
 
 
 class Equidistributed(AbstractGrid):
@@ -190,11 +194,10 @@ class Equidistributed(AbstractGrid):
         arrays, rest = eqx.partition((place, ends, y0, state), eqx.is_array)
         place, ends_, y0, state = eqx.combine(lax.stop_gradient(arrays), rest)
         parts, ys, bound = place(ends_, y0, state)
-        ts = between(ends, parts)
-        guess = lax.stop_gradient(ts), y0, ys[1:], bound
-        return ts, eqx.tree_at(
-            lambda s: (s.ts, s.y0, s.ys, s.error_bound), state, guess
-        )
+        nodes = between(ends, parts)
+        guess = *lax.stop_gradient(nodes), y0, ys[1:], bound
+        where = lambda s: (s.t0, s.ends, s.y0, s.ys, s.error_bound)
+        return nodes, eqx.tree_at(where, state, guess)
 
     def _search(
         self,
@@ -247,8 +250,7 @@ class Equidistributed(AbstractGrid):
 
         ts, ys = jnp.zeros(size + 2, t0.dtype), jnp.zeros((size + 2, y0.size), y0.dtype)
         init = ts, ys, jnp.zeros(size + 1, t0.dtype), jnp.ones((), t0.dtype)
-        ts, ys, weights, _ = lax.fori_loop(0, self.passes, once, init)
-        return ts, ys, weights
+        return lax.fori_loop(0, self.passes, once, init)[:3]
 
 
 def _check_error(inner: SolverStep, ends: Float[Array, " ends"], y0: State) -> None:
@@ -263,7 +265,7 @@ def _check_error(inner: SolverStep, ends: Float[Array, " ends"], y0: State) -> N
 
 def _fits(state: WindowState, ends: Float[Array, " ends"]) -> Bool[Array, ""]:
     """Whether the grid of the state is up to date, and of about the same interval."""
-    moved = jnp.abs(state.ts[0] - ends[0]) + jnp.abs(state.ts[-1] - ends[-1])
+    moved = jnp.abs(state.t0 - ends[0]) + jnp.abs(state.ends[-1] - ends[-1])
     assert state.errors is not None and state.error_bound is not None
     largest = jnp.max(state.errors)
     fits = jnp.isfinite(largest) & (largest <= state.error_bound)
@@ -283,7 +285,7 @@ def spread(
     weights: Float[Array, " time"],
     ends: Float[Array, " ends"],
     num_steps: int,
-) -> tuple[Float[Array, "windows times"], States]:
+) -> tuple[Parts, States]:
     """Divides the weight of each window into equal parts; and `ys` at these nodes.
 
     Returns which part of its window lies before each of the `num_steps + 1` nodes.

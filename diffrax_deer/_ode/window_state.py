@@ -26,21 +26,28 @@ class WindowState(eqx.Module):
     to start the next training step warm. Beyond its end it is constant. (A solver whose
     windows are single steps needs no guess, and carries what its inner solver does.)
 
-    - `ts`, `(times,)`, `y0`, `(state,)`, and `ys`, `(time, state)`: the last window's
-        trajectory, in the solver's own (increasing) time and ravelled state; the
-        initial one apart, so that the others lie on several devices in equal parts.
+    - `t0`, `ends`, `(time,)`, `y0`, `(state,)`, and `ys`, `(time, state)`: where the
+        steps of the last window ended, in the solver's own (increasing) time, and the
+        ravelled states there. What it began from is apart, so that the others lie on
+        several devices in equal parts; the property `ts` has all of the times.
     - `num_iterations`: the Newton iterations of the last window.
     - `errors`, `(time,)`: those of its steps, in units of the tolerance of the solver's
         `grid`; infinite if it failed. `None` for a grid that does not ask.
     - `error_bound`, `()`: errors above it say that the grid is out of date.
     """
 
-    ts: Float[Array, " times"]
+    t0: Float[Array, ""]
+    ends: Float[Array, " time"]
     y0: State
     ys: States
     num_iterations: Int[Array, ""]
     errors: Float[Array, " time"] | None = None
     error_bound: Float[Array, ""] | None = None
+
+    @property
+    def ts(self) -> Float[Array, "*batch times"]:
+        """`t0` and `ends`, of each sample of a batch."""
+        return jnp.concatenate([self.t0[..., None], self.ends], axis=-1)
 
 
 def no_window(
@@ -48,12 +55,13 @@ def no_window(
 ) -> WindowState:
     """Before the first window: a trajectory that stays at `t0`."""
     # Of the floating type that the times will have.
-    ts = jnp.full_like(jnp.linspace(t0, t0, num_steps + 1), t0)
+    t0 = jnp.linspace(t0, t0, 1)[0]
+    ends = jnp.broadcast_to(t0, num_steps)
     ys = jnp.broadcast_to(y0, (num_steps, y0.size))
-    state = WindowState(ts, y0, ys, jnp.array(0, int))
+    state = WindowState(t0, ends, y0, ys, jnp.array(0, int))
     if measures_errors:
         errors = jnp.zeros(num_steps, y0.dtype), jnp.zeros((), y0.dtype)
-        state = WindowState(ts, y0, ys, state.num_iterations, *errors)
+        state = WindowState(t0, ends, y0, ys, state.num_iterations, *errors)
     return lax.stop_gradient(state)
 
 
@@ -72,7 +80,7 @@ def check_window_state(state: Any, num_steps: int | None) -> None:
 
     `None`: unless it is what a single step hands on to the next.
     """
-    held = len(state.ts) - 1 if isinstance(state, WindowState) else None
+    held = len(state.ends) if isinstance(state, WindowState) else None
     if held != num_steps:
         name = lambda count: "a single step" if count is None else f"{count} steps"
         msg = (
@@ -88,31 +96,31 @@ def check_window_state(state: Any, num_steps: int | None) -> None:
 def initial_guess(
     path: diffrax.AbstractPath | None,
     terms: PyTree[diffrax.AbstractTerm],
-    ts: Float[Array, " times"],
+    new: Float[Array, " time"],
     y0: Y,
     state: WindowState,
     is_local: bool = True,
 ) -> States:
-    """The states at `ts[1:]`, of `path` if there is one, else of `state`.
+    """The states at the times `new`, of `path` if there is one, else of `state`.
 
     NaN from the first time on at which nothing is known. Unless the states `is_local`,
     on one device, those at other times are not looked up.
     """
     flat, _ = ravel(y0)
     if path is None:
-        dtype = widest(ts.dtype, state.ys.dtype)
-        old, new, ys = (x.astype(dtype) for x in (state.ts, ts[1:], state.ys))
-        first = state.y0.astype(dtype)[None]
-        interpolate = lambda: _interpolated(old, jnp.concatenate([first, ys]), new)
+        dtype = widest(new.dtype, state.ys.dtype)
+        state = jax.tree.map(lambda x: x.astype(dtype), state)
+        new, old, ys = new.astype(dtype), state.ends, state.ys
+        interpolate = lambda: _interpolated(state, new)
         if not is_local:
             interpolate = lambda: jnp.full((len(new), flat.size), jnp.nan, dtype)
-        if old.shape != ts.shape:
+        if old.shape != new.shape:
             return interpolate().astype(flat.dtype)
         # The usual warm start, and nothing to look up.
-        same = eqxi.unvmap_all(jnp.all(old[1:] == new) & (old[0] < old[-1]))
+        same = eqxi.unvmap_all(jnp.all(old == new) & (state.t0 < old[-1]))
         return lax.cond(same, lambda: ys, interpolate).astype(flat.dtype)
     # The path is in the user's time, which runs backwards where this one does not.
-    times = ts[1:] * direction(terms)
+    times = new * direction(terms)
     # A path without an end has `None` there, whatever its type says.
     ends: list[Any] = [path.t0, path.t1]
     if all(t is not None for t in ends):
@@ -137,7 +145,8 @@ def window_state(
         error_bound = jnp.where(jnp.isinf(error_bound), new, error_bound)
     return lax.stop_gradient(
         WindowState(
-            trajectory.ts,
+            trajectory.starts[0],
+            trajectory.ends,
             trajectory.y0,
             trajectory.ys,
             trajectory.statistics.num_iterations,
@@ -160,12 +169,9 @@ def interpolate(
     return left + part.astype(values.dtype) * (values[right] - left)
 
 
-def _interpolated(
-    old: Float[Array, " known"],
-    ys: Float[Array, "known state"],
-    new: Float[Array, " time"],
-) -> Float[Array, "time state"]:
-    """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
+def _interpolated(state: WindowState, new: Float[Array, " time"]) -> States:
+    """The trajectory of `state` at the times `new`; NaN where nothing is known."""
+    old, ys = state.ts, jnp.concatenate([state.y0[None], state.ys])
     # Half a step beyond the end is as good as at the end: `t1` may be trained.
     first, last = old[0] - (old[1] - old[0]) / 2, old[-1] + (old[-1] - old[-2]) / 2
     known = (new >= first) & (new <= last) & (old[0] < old[-1])

@@ -33,30 +33,35 @@ def recall(
 ) -> WindowState:
     """What is known of some samples, as far as the first `num_steps` steps."""
     state = jax.tree.map(lambda x: x[indices], memory)
-    ts, ys = state.ts[:, : num_steps + 1], state.ys[:, :num_steps]
-    errors = None if state.errors is None else state.errors[:, :num_steps]
-    return WindowState(ts, state.y0, ys, state.num_iterations, errors)
+    known = state.ends, state.ys, state.errors
+    known = jax.tree.map(lambda x: x[:, :num_steps], known)
+    return _with(state, known)
 
 
 def remember(
     memory: WindowState, indices: Int[Array, " batch"], state: WindowState
 ) -> WindowState:
     """The memory with the states of some samples, of a horizon as long or shorter."""
-    missing = memory.ts.shape[1] - state.ts.shape[1]
-    ts = jnp.pad(state.ts, ((0, 0), (0, missing)), mode="edge")
+    missing = memory.ends.shape[1] - state.ends.shape[1]
+    ends = jnp.pad(state.ends, ((0, 0), (0, missing)), mode="edge")
     ys = jnp.pad(state.ys, ((0, 0), (0, missing), (0, 0)), mode="edge")
     errors = state.errors
     if errors is not None:
         errors = jnp.pad(errors, ((0, 0), (0, missing)))
-    state = WindowState(ts, state.y0, ys, state.num_iterations, errors)
+    state = _with(state, (ends, ys, errors))
     return jax.tree.map(lambda old, new: old.at[indices].set(new), memory, state)
+
+
+def _with(state: WindowState, steps: tuple[Any, Any, Any]) -> WindowState:
+    ends, ys, errors = steps
+    return WindowState(state.t0, ends, state.y0, ys, state.num_iterations, errors)
 
 
 def mean_iterations(memory: WindowState | None) -> float | None:
     """Newton iterations of the last solve of each sample; `None` before the first."""
     if memory is None:
         return None
-    used = memory.ts[:, -1] > memory.ts[:, 0]
+    used = memory.ends[:, -1] > memory.t0
     if not used.any():
         return None
     return float(memory.num_iterations[used].mean())
