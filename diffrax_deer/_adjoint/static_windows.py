@@ -3,14 +3,18 @@
 One grid, one Newton iteration, and everything is differentiable as it stands.
 """
 
+import dataclasses
 from typing import Any
 
 import diffrax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
+from .._diffrax_conventions import direction
 from .._ode.grid_solve import Trajectory
 from .._prefix import at, count_leading_true, select
+from .._ravel import ravel
 from .loop_state import (
     Ends,
     LoopState,
@@ -36,12 +40,32 @@ def _solve(
     return trajectory, state.solver_state if solver.makes_single_steps else new
 
 
+def _stand_in(
+    windows: Windows, state: LoopState, ends: Float[Array, " ends"]
+) -> tuple[LoopState, Float[Array, " ends"]]:
+    """What is solved where there is nothing to solve, by a where before the solve.
+
+    Steps of length zero would all be at the initial state, where the field may have no
+    derivative, and its derivative would be multiplied by zero. Short ones lead away
+    from there, and the initial state of the first is a constant.
+    """
+    y0, t0 = lax.stop_gradient((state.y, ends[0]))
+    length = float(jnp.finfo(ends.dtype).eps) ** 0.5 * jnp.maximum(1, jnp.abs(t0))
+    # The solver's time runs backwards in an empty interval, and the user's does not.
+    parts = direction(windows.terms) * jnp.linspace(0, 1, len(ends), dtype=ends.dtype)
+    ends = jnp.where(ends[0] < ends[-1], ends, t0 + parts * length)
+    y = select(windows.running(state), state.y, y0)
+    return dataclasses.replace(state, y=y), ends
+
+
 def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
     num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
-    trajectory, solver_state = _solve(windows, state, window_ends)
+    started = windows.running(state)
+    first, window_ends = _stand_in(windows, state, window_ends)
+    trajectory, solver_state = _solve(windows, first, window_ends)
     ts = trajectory.ts
     num_succeeded = count_leading_true(trajectory.succeeded)
     num_solved = jnp.minimum(trajectory.statistics.num_solved, num_succeeded)
@@ -57,9 +81,8 @@ def static_windows(
         last = jnp.where(happened, index, last)
         num_done = last // num_steps + 1
         result = event_result(happened, result)
-    started = windows.running(state)
     steps = steps_of(trajectory, started & (jnp.arange(len(ts) - 1) <= last))
-    flat = jnp.where(started, at(trajectory.ys, last), trajectory.y0)
+    flat = jnp.where(started, at(trajectory.ys, last), ravel(state.y)[0])
     statistics = trajectory.statistics
     num_done = jnp.where(started, num_done, 0)
     new = LoopState(
