@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._diffrax_conventions import direction
-from .._ode.grid_solve import Trajectory
+from .._ode.grid_solve import Trajectory, short_step
 from .._prefix import at, count_leading_true, select
 from .._ravel import ravel
 from .loop_state import (
@@ -43,18 +42,13 @@ def _solve(
 def _stand_in(
     windows: Windows, state: LoopState, ends: Float[Array, " ends"]
 ) -> tuple[LoopState, Float[Array, " ends"]]:
-    """What is solved where there is nothing to solve, by a where before the solve.
+    """What is solved where there is nothing to solve: a where before the solve.
 
-    Steps of length zero would all be at the initial state, where the field may have no
-    derivative, and its derivative would be multiplied by zero. Short ones lead away
-    from there, and the initial state of the first is a constant.
+    Its derivative is multiplied by zero, and is finite: by all but a constant `y0`.
     """
-    y0, t0 = lax.stop_gradient((state.y, ends[0]))
-    length = float(jnp.finfo(ends.dtype).eps) ** 0.5 * jnp.maximum(1, jnp.abs(t0))
-    # The solver's time runs backwards in an empty interval, and the user's does not.
-    parts = direction(windows.terms) * jnp.linspace(0, 1, len(ends), dtype=ends.dtype)
-    ends = jnp.where(ends[0] < ends[-1], ends, t0 + parts * length)
-    y = select(windows.running(state), state.y, y0)
+    y = select(windows.running(state), state.y, lax.stop_gradient(state.y))
+    short = jnp.linspace(*short_step(windows.inner_step(y), ends), len(ends))
+    ends = jnp.where(ends[0] < ends[-1], ends, short.astype(ends.dtype))
     return dataclasses.replace(state, y=y), ends
 
 

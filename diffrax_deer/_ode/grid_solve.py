@@ -7,11 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_memory
 from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
+from .._diffrax_conventions import direction
 from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
 from .._prefix import max_norm
@@ -48,9 +50,9 @@ class Trajectory(eqx.Module):
 
         Functions of the solution that are evaluated there have finite derivatives.
         """
-        xs, placeholder = (self.ts[:-1], self.ts[1:]), (self.ts[0], self.ts[0])
+        xs, instead = (self.ts[:-1], self.ts[1:]), short_step(self.inner, self.ts)
         num_solved = self.statistics.num_solved
-        return evaluation_points(self.y0, xs, self.ys, num_solved, placeholder)
+        return evaluation_points(self.y0, xs, self.ys, num_solved, instead)
 
     def result(self) -> diffrax.RESULTS:
         """Successful if the recurrence and every step of the inner solver are."""
@@ -76,6 +78,18 @@ class Trajectory(eqx.Module):
         error = max_norm(self.errors.T)
         failed = self.result() != diffrax.RESULTS.successful
         return jnp.where(failed, jnp.inf, error)
+
+
+def short_step(inner: SolverStep, ts: Float[Array, " times"]) -> tuple[Array, Array]:
+    """The times of what is evaluated, but does not count, where there is no step.
+
+    Not a step of length zero: all its stages would be at the initial state, where the
+    field may have no derivative. On an empty grid it leads on in the user's time, which
+    in that of the solver runs backwards.
+    """
+    t0 = lax.stop_gradient(ts[0])
+    length = float(jnp.finfo(ts.dtype).eps) ** 0.5 * jnp.maximum(1, jnp.abs(t0))
+    return t0, t0 + jnp.where(ts[0] < ts[-1], 1, direction(inner.terms)) * length
 
 
 def default_method(num_steps: int, state_size: int) -> AbstractMethod:
@@ -138,13 +152,11 @@ def solve_grid(
     The other arguments are those of `solve`; `None` for what is fastest.
     """
     check_memory(inner.solver, inner.has_memory((ts[0], ts[1]), y0))
-    xs, placeholder = (ts[:-1], ts[1:]), (ts[0], ts[0])
+    xs, instead = (ts[:-1], ts[1:]), short_step(inner, ts)
     parts, step_map, state, method, gradient = plan(inner, ts, y0, method, gradient)
     if parts is not None:
         guess, _ = jax.vmap(parts.split)(guess)
-    ys, statistics, steps = solve(
-        step_map, state, xs, guess, method, gradient, placeholder
-    )
+    ys, statistics, steps = solve(step_map, state, xs, guess, method, gradient, instead)
     if parts is not None:
         ys, steps = parts.complete(y0, ys, steps)
     succeeded = jnp.ones(len(ys), bool)
