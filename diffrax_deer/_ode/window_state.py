@@ -89,8 +89,8 @@ def initial_guess(
 ) -> States:
     """The states at `ts[1:]`, of `path` if there is one, else of `state`.
 
-    NaN from the first time on at which nothing is known. Unless the states `is_local`,
-    on one device, those at other times are not looked up.
+    Infinite from the first time on at which nothing is known. Unless the states are
+    `is_local`, on one device, those at other times are not looked up.
     """
     flat, _ = ravel(y0)
     if path is None:
@@ -99,7 +99,7 @@ def initial_guess(
         first = state.y0.astype(dtype)[None]
         interpolate = lambda: _interpolated(old, jnp.concatenate([first, ys]), new)
         if not is_local:
-            interpolate = lambda: jnp.full((len(new), flat.size), jnp.nan, dtype)
+            interpolate = lambda: jnp.full((len(new), flat.size), jnp.inf, dtype)
         if old.shape != ts.shape:
             return interpolate().astype(flat.dtype)
         # The usual warm start, and nothing to look up.
@@ -149,8 +149,8 @@ def _interpolated(
     ys: Float[Array, "known state"],
     new: Float[Array, " time"],
 ) -> Float[Array, "time state"]:
-    """`ys` at the times `old`, at the times `new`; NaN where nothing is known."""
+    """`ys` at the times `old`, at the times `new`; infinite where nothing is known."""
     # Half a step beyond the end is as good as at the end: `t1` may be trained.
     first, last = old[0] - (old[1] - old[0]) / 2, old[-1] + (old[-1] - old[-2]) / 2
     known = (new >= first) & (new <= last) & (old[0] < old[-1])
-    return jnp.where(known[:, None], interpolate(old, ys, new), jnp.nan)
+    return jnp.where(known[:, None], interpolate(old, ys, new), jnp.inf)
