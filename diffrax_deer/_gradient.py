@@ -115,7 +115,8 @@ def _all_at_once(
     (inhomogeneity, aux_dot), product = jax.linearize(
         ft.partial(push, drivers_dot), moved(y0_dot, jnp.zeros_like(solution.ys))
     )
-    ys_dot = solve(lambda v: product(masked(v))[0], inhomogeneity)
+    onward = lambda v: masked(product(masked(v))[0])
+    ys_dot = solve(onward, masked(inhomogeneity))
     _, along = product(moved(jnp.zeros_like(y0_dot), ys_dot))
     return ys_dot, jax.tree.map(jnp.add, aux_dot, along)
 

@@ -117,7 +117,7 @@ class NewtonIteration(eqx.Module):
         state = max_norm(sizes)[:, None]
         scales = jnp.minimum(self._cummax(sizes), state)
         tolerance = self.options.atol + self.options.rtol * scales
-        return lambda x: max_norm(jnp.where(x == 0, 0.0, x / tolerance))
+        return lambda x: max_norm(x / jnp.where(x == 0, 1.0, tolerance))
 
     def _part(self, start: IntScalarLike, ys: States) -> "NewtonIteration":
         """The equations of the window from `start` on; those before are as in `ys`."""
@@ -148,7 +148,7 @@ class NewtonIteration(eqx.Module):
 
         changes = jnp.maximum(measure(updates), sizes)
         known = (changes > 0) & jnp.isfinite(window.changes)
-        rate = jnp.where(known, changes / window.changes, 1.0)
+        rate = jnp.where(known, changes / jnp.where(known, window.changes, 1.0), 1.0)
         # What is left of a geometric series, if that is far less than the last term.
         left = RATE_SAFETY * rate / (1 - jnp.minimum(rate, 0.5))
         errors = changes * jnp.minimum(left, 1.0)

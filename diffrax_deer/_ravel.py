@@ -70,6 +70,11 @@ def promoted(y: Y, *times: RealScalarLike) -> Y:
 
 
 def rounding(y: Y) -> float:
-    """The rounding unit of the coarsest floating type in `y`."""
+    """The rounding unit of the coarsest floating type in `y`.
+
+    Not one for each component: what depends on a leaf of fewer digits jumps by their
+    rounding, below which nothing converges but from the front (294 iterations for 300
+    steps, where the coarsest takes 18).
+    """
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(y)] or [jnp.dtype("float32")]
     return max(float(jnp.finfo(d).eps) for d in dtypes)

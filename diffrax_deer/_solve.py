@@ -123,8 +123,8 @@ def solve(
     - `guess`: any trajectory, `(time, state)`; the result does not depend on it.
     - `method`: how the solution is found.
     - `gradient`: how it is differentiated.
-    - `placeholder_x`: an `x` at which the step and its derivatives are finite for `y0`,
-        used where no step was solved at all. A step of length zero, for example.
+    - `placeholder_x`: an `x` at which the step and its derivatives, but for the one by
+        `y0`, are finite, used where no step was solved at all. A very short step.
 
     **Returns:** the states `y_1` to `y_N`, `(time, state)`, finite if `y0` is; the
     `Statistics`; and what else the steps yield, of leading axis `time`, zero where they

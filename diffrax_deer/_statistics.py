@@ -1,5 +1,6 @@
 """What a solve says about itself, and how it fails loudly where that is wanted."""
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Statistics(eqx.Module):
@@ -33,6 +34,12 @@ class Statistics(eqx.Module):
     gradient: Any = None
 
 
+def nan_unless(succeeded: Bool[Array, ""], x: Array) -> Array:
+    """`x`, or NaN; which is made only then, since `jax_debug_nans` sees constants."""
+    nan = jnp.sqrt(jnp.where(succeeded, 1.0, -1.0)).astype(x.dtype)
+    return jnp.where(succeeded, x, nan)
+
+
 def raise_if_failed(tree: Any, result: optx.RESULTS, messages: list[str]) -> Any:
     """`tree`, which raises an error at run time unless the result is a success.
 
@@ -46,5 +53,5 @@ def raise_if_failed(tree: Any, result: optx.RESULTS, messages: list[str]) -> Any
         return tree
     # Not the tree itself: it would be copied through the condition.
     failed = eqxi.branched_error_if(failed, failed, which, messages)
-    smooth = jax.tree.map(lambda x: jnp.where(failed, jnp.nan, x), smooth)
+    smooth = jax.tree.map(ft.partial(nan_unless, ~failed), smooth)
     return eqx.combine(smooth, rest)

@@ -4,6 +4,7 @@ import dataclasses
 import functools as ft
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from diffrax_deer import (
     AssociativeScan,
     BlockDiagonalJacobian,
+    DEERSolver,
     DiagonalJacobian,
     Jacobi,
     MatrixFreeGradient,
@@ -27,6 +29,8 @@ from diffrax_deer import (
 )
 from diffrax_deer._defaults import batch_size
 from diffrax_deer._gradient import GradientByBatch, default_gradient
+from diffrax_deer._method import Given
+from diffrax_deer._ode.grid_solve import solve_grid
 from diffrax_deer._solve import solve
 
 from .helpers import (
@@ -367,6 +371,23 @@ def test_first_step_that_fails_is_replaced_by_one_of_the_placeholder(gradient):
     _, (by_y0, by_times, by_rate) = loss(y0, 1e-3 * jnp.arange(4.0), rate)
     assert by_y0[0] > 3 and by_rate > 0
     assert by_times[0] < 0 < by_times[-1]
+
+
+@each_gradient
+def test_no_solved_step_of_a_grid_has_no_derivative_even_at_a_singular_state(gradient):
+    # As the windows of a sample that has none, beside others. A step of length zero
+    # would have all its stages at the initial state, where the root has no derivative.
+    @jax.jit
+    def loss(y0, rate):
+        term = diffrax.ODETerm(lambda t, y, rate: rate + jnp.sqrt(y))
+        inner = DEERSolver(diffrax.Heun()).inner_step(term, y0, rate)
+        method, guess = Given(jnp.array(0)), constant_guess(y0, 3)
+        solution = solve_grid(inner, jnp.zeros(4), y0, guess, method, gradient)
+        return jnp.where(solution.statistics.num_solved == 0, 0, solution.ys[-1, 0])
+
+    for derivative in (jax.grad, jax.jacfwd):
+        slopes = derivative(loss, (0, 1))(jnp.array([0.0]), jnp.array(0.3))
+        np.testing.assert_array_equal(jnp.append(*slopes), [0, 0])
 
 
 def test_unfinished_solve_has_a_gradient_that_can_be_discarded():

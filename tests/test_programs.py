@@ -18,6 +18,7 @@ from diffrax_deer import (
     Newton,
     ParallelGradient,
     WholeInterval,
+    deer_scan,
 )
 
 from .helpers import (
@@ -233,6 +234,26 @@ def test_debugging_nans_finds_none_but_those_of_the_user(controller):
         assert_equal(jax.jit(jax.grad(loss))(y0 * 1.0), expected)
         with pytest.raises(FloatingPointError):
             jax.jit(jax.grad(loss))(y0 * jnp.nan)
+
+
+@pytest.mark.parametrize("method", [slowly(Newton()), None], ids=["newton", "default"])
+def test_debugging_nans_op_by_op_finds_none_of_the_library(method):
+    step = lambda h, x: (jnp.tanh(0.7 * h + x), h)
+    operands = jnp.array([0.3]), jnp.arange(3.0)
+    solver = DEERSolver(diffrax.Euler(), num_steps=2, method=method)
+
+    def both():
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            *(solver, 0.0, 1.0, None, jnp.array([1.0])),
+            stepsize_controller=WholeInterval(),
+            adjoint=DEERAdjoint(),
+        )
+        return sol.ys, deer_scan(step, *operands, method=method)
+
+    with jax.disable_jit(), jax.debug_nans(True):
+        found = both()
+    assert_equal(found, (jnp.array([[0.25]]), jax.lax.scan(step, *operands)))
 
 
 @pytest.mark.slow

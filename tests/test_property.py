@@ -2,22 +2,30 @@
 
 import dataclasses
 
+import diffrax
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 from hypothesis import strategies as st
 
 from diffrax_deer import (
     AssociativeScan,
     CoarsePredictor,
+    DEERAdjoint,
+    DEERSolver,
     DiagonalJacobian,
+    Newton,
     PiecewiseConstant,
+    Sequential,
     StepMap,
+    WholeInterval,
 )
 
 from .helpers import intervals, newton, result_is, rk4, sequential
+from .oracle import assert_equal
 
 _BATCH, _NUM_STEPS, _STATE = 4, 24, 3
 
@@ -102,15 +110,18 @@ def _cases(draw):
     return args, times, y0, guess
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-@hypothesis.given(case=_cases())
-@hypothesis.settings(
+_SETTINGS = hypothesis.settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=(hypothesis.HealthCheck.too_slow,),
 )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@hypothesis.given(case=_cases())
+@_SETTINGS
 def test_answer_is_the_sequential_one_or_a_failure_that_is_reported(dtype, case):
     batched, alone, reference = _SOLVERS[dtype]
     args, times, y0, guess = jax.tree.map(lambda x: jnp.asarray(x, dtype), case)
@@ -146,3 +157,87 @@ def test_answer_is_the_sequential_one_or_a_failure_that_is_reported(dtype, case)
     if close[0]:
         error = np.max(np.abs(np.asarray(ys_alone - ys[0], np.float64))) / scale[0]
         assert error <= bound[0]
+
+
+# ---- The same program in other units ----
+
+# Name: the solver, the inner one as diffrax has it, and both controllers.
+_GRID = lambda t1: diffrax.StepTo(jnp.linspace(0.0, t1, 9))
+_EVERY = lambda t1: diffrax.ConstantStepSize()
+_WHOLE = lambda t1: WholeInterval()
+_ROOTS = optx.Newton(rtol=1e-9, atol=1e-9)
+_IN_UNITS = {
+    "explicit": (
+        DEERSolver(diffrax.Heun(), 8, Newton()),
+        diffrax.Heun(),
+        _WHOLE,
+        _GRID,
+    ),
+    "implicit": (
+        DEERSolver(diffrax.ImplicitEuler(), 8, Sequential()),
+        diffrax.ImplicitEuler(root_finder=_ROOTS),
+        _WHOLE,
+        _GRID,
+    ),
+    "stateful": (
+        DEERSolver(diffrax.LeapfrogMidpoint()),
+        diffrax.LeapfrogMidpoint(),
+        _EVERY,
+        _EVERY,
+    ),
+}
+
+
+def _in_units(name):
+    """For a batch, in units of `scale`: saved states and gradient, beside diffrax's."""
+    deer, inner, windows, steps = _IN_UNITS[name]
+
+    def field(t, y, args):
+        rate, scale = args
+        return scale * (rate * jnp.cos(y / scale) + jnp.sin(t)) - 0.3 * y
+
+    def run(parameters, scale, t1, parts, solver, controller, adjoint):
+        (y0, rate), chosen, is_here = parameters, controller(t1), ~jnp.isnan(parts)
+        # diffrax's own loop has a gradient of NaN for a padding of NaN.
+        ts = t1 * (parts if controller is _WHOLE else jnp.where(is_here, parts, 1))
+        dt0 = t1 / 8 if controller is _EVERY else None
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            *(solver, 0.0, t1, dt0, scale * y0, (rate, scale)),
+            saveat=diffrax.SaveAt(ts=ts),
+            stepsize_controller=chosen,
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        ys = jnp.where(is_here[:, None], sol.ys / scale, 0)
+        return jnp.sum(jnp.sin(ys)), ys
+
+    both = jax.value_and_grad(run, has_aux=True)
+    found = lambda *args: both(*args, deer, windows, DEERAdjoint())
+    direct = diffrax.DirectAdjoint()
+    expected = lambda p, s, *args: both(p, 0 * s + 1, *args, inner, steps, direct)
+    return jax.jit(jax.vmap(lambda *args: (found(*args), expected(*args))))
+
+
+@st.composite
+def _units(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    y0, rate = rng.normal(size=(_BATCH, 2)), rng.uniform(-1, 1, _BATCH)
+    scale = 10.0 ** rng.uniform(-12, 12, _BATCH)
+    parts = np.sort(rng.uniform(size=(_BATCH, 3)), axis=1)
+    # Samples have different numbers of save times, and are padded.
+    parts[np.arange(3) >= rng.integers(1, 4, (_BATCH, 1))] = np.nan
+    return (y0, rate), scale, rng.uniform(0.1, 2.0, _BATCH), parts
+
+
+@pytest.mark.parametrize("name", _IN_UNITS)
+def test_same_program_in_other_units_gives_the_same_digits(name):
+    run = _in_units(name)
+
+    @hypothesis.given(case=_units())
+    @hypothesis.settings(_SETTINGS, max_examples=20)
+    def check(case):
+        found, expected = run(*jax.tree.map(jnp.asarray, case))
+        assert_equal(found, expected, 1e-9)
+
+    check()

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_deer import DEERSolver, WholeInterval
+from diffrax_deer import DEERAdjoint, DEERSolver, WholeInterval
 
-from .helpers import adjoints, each_adjoint, newton_solver
+from .helpers import adjoints, each_adjoint, gradients, newton_solver
 from .oracle import assert_equal
 
 
@@ -78,6 +78,37 @@ def test_empty_interval_has_the_initial_value_everywhere(adjoint):
     np.testing.assert_array_equal(sol.ts[1], np.inf)
     np.testing.assert_array_equal(sol.ys[1], np.inf)
     assert_equal(sol.evaluate(1.0), jnp.array([2.0]))
+
+
+@pytest.mark.parametrize("gradient", gradients)
+def test_nothing_is_differentiated_where_there_are_no_steps(gradient):
+    """Beside a sample that has steps; the field has no derivative at `y0`."""
+    solver = newton_solver(diffrax.Heun(), num_steps=4, gradient=gradients[gradient])
+
+    def end(y0, p, t1, solver, controller):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, p: p + jnp.sqrt(y)),
+            *(solver, 0.0, t1, None, y0, p),
+            stepsize_controller=controller,
+            adjoint=DEERAdjoint() if solver is deer else diffrax.DirectAdjoint(),
+            max_steps=4,
+        ).ys[0]
+
+    deer = solver
+    found = lambda y0, p, t1: end(y0, p, t1, deer, WholeInterval())
+    steps = diffrax.StepTo(0.1 * jnp.arange(5.0))
+    expected = lambda p: end(jnp.array(0.0), p, 0.4, diffrax.Heun(), steps)
+
+    @jax.jit
+    def run(y0, p, t1):
+        each = lambda derivative: jax.vmap(derivative, (None, None, 0))(y0, p, t1)
+        reverse, forward = jax.grad(found, (0, 1)), jax.jacfwd(found, 1)
+        return *each(reverse), each(forward), jax.grad(expected)(p)
+
+    y0s, ps, forward, slope = run(jnp.array(0.0), jnp.array(0.3), jnp.array([0, 0.4]))
+    assert y0s[0] == 1
+    assert forward[0] == 0
+    np.testing.assert_allclose(ps, [0, slope], rtol=1e-12)
 
 
 def test_solver_has_to_be_told_how_many_steps_to_make():

@@ -3,14 +3,17 @@
 One grid, one Newton iteration, and everything is differentiable as it stands.
 """
 
+import dataclasses
 from typing import Any
 
 import diffrax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from .._ode.grid_solve import Trajectory
+from .._ode.grid_solve import Trajectory, short_step
 from .._prefix import at, count_leading_true, select
+from .._ravel import ravel
 from .._time_axis import TimeAxis
 from .loop_state import (
     Ends,
@@ -24,18 +27,43 @@ from .loop_state import (
 from .saveat import interpolate
 
 
+def _solve(
+    windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
+) -> tuple[Trajectory, Any]:
+    """Also returns the state of the solver: of single steps what any solve begins with.
+
+    That of windows is a guess for the next solve.
+    """
+    solver, inner = windows.solver, windows.inner_step(state.y)
+    trajectory, new = solver.solve_windows(
+        inner, window_ends, state.y, state.solver_state
+    )
+    return trajectory, state.solver_state if solver.makes_single_steps else new
+
+
+def _stand_in(
+    windows: Windows, state: LoopState, ends: Float[Array, " ends"]
+) -> tuple[LoopState, Float[Array, " ends"]]:
+    """What is solved where there is nothing to solve: a where before the solve.
+
+    Its derivative is multiplied by zero, and is finite: by all but a constant `y0`.
+    """
+    y = select(windows.running(state), state.y, lax.stop_gradient(state.y))
+    short = jnp.linspace(
+        *short_step(windows.inner_step(y), ends[0], ends[-1]), len(ends)
+    )
+    ends = jnp.where(ends[0] < ends[-1], ends, short.astype(ends.dtype))
+    return dataclasses.replace(state, y=y), ends
+
+
 def static_windows(
     windows: Windows, state: LoopState, window_ends: Float[Array, " ends"]
 ) -> Outcome:
     """One solve of all windows, which lie between `window_ends`."""
     num_windows, num_steps = len(window_ends) - 1, windows.solver.window_steps
-    solver, inner = windows.solver, windows.inner_step(state.y)
-    trajectory, solver_state = solver.solve_windows(
-        inner, window_ends, state.y, state.solver_state
-    )
-    if solver.makes_single_steps:
-        # What any solve begins with; that of windows is a guess for the next one.
-        solver_state = state.solver_state
+    started = windows.running(state)
+    first, window_ends = _stand_in(windows, state, window_ends)
+    trajectory, solver_state = _solve(windows, first, window_ends)
     statistics, succeeded = trajectory.statistics, trajectory.succeeded
     num_solved = jnp.minimum(statistics.num_solved, count_leading_true(succeeded))
     # A window that fails is the last one, and counts.
@@ -49,9 +77,8 @@ def static_windows(
         last = jnp.where(happened, where, last)
         num_done = last // num_steps + 1
         result = event_result(happened, result)
-    started = windows.running(state)
     steps = steps_of(trajectory, started & (index <= last))
-    flat = jnp.where(started, at(trajectory.ys, last), trajectory.y0)
+    flat = jnp.where(started, at(trajectory.ys, last), ravel(state.y)[0])
     num_done = jnp.where(started, num_done, 0)
     controller_state = state.controller_state
     if type(windows.controller) is diffrax.StepTo:

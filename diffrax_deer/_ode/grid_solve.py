@@ -7,11 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_memory
 from .._custom_types import State, States
 from .._defaults import MAX_PARALLEL_ENTRIES, holds_jacobians, prefers_sequential_steps
+from .._diffrax_conventions import direction
 from .._gradient import AbstractGradient, default_gradient
 from .._method import AbstractMethod, Newton, Sequential
 from .._prefix import max_norm, shift
@@ -52,9 +54,10 @@ class Trajectory(eqx.Module):
 
         Functions of the solution that are evaluated there have finite derivatives.
         """
-        xs, placeholder = (self.starts, self.ends), (self.starts[0],) * 2
+        xs = self.starts, self.ends
+        instead = short_step(self.inner, self.starts[0], self.ends[-1])
         num_solved = self.statistics.num_solved
-        return evaluation_points(self.y0, xs, self.ys, num_solved, placeholder)
+        return evaluation_points(self.y0, xs, self.ys, num_solved, instead)
 
     def result(self) -> diffrax.RESULTS:
         """Successful if the recurrence and every step of the inner solver are."""
@@ -80,6 +83,18 @@ class Trajectory(eqx.Module):
         error = max_norm(self.errors.T)
         failed = self.result() != diffrax.RESULTS.successful
         return jnp.where(failed, jnp.inf, error)
+
+
+def short_step(inner: SolverStep, t0: Array, t1: Array) -> tuple[Array, Array]:
+    """The times of what is evaluated, but does not count, where there is no step.
+
+    Not a step of length zero: all its stages would be at the initial state, where the
+    field may have no derivative. On an empty grid it leads on in the user's time, which
+    in that of the solver runs backwards.
+    """
+    t0, is_empty = lax.stop_gradient(t0), t0 >= t1
+    length = float(jnp.finfo(t0.dtype).eps) ** 0.5 * jnp.maximum(1, jnp.abs(t0))
+    return t0, t0 + jnp.where(is_empty, direction(inner.terms), 1) * length
 
 
 def default_method(num_steps: int, state_size: int) -> AbstractMethod:
@@ -149,9 +164,8 @@ def solve_grid(
     xs = shift(t0, ends), ends
     if parts is not None:
         guess, _ = jax.vmap(parts.split)(guess)
-    ys, statistics, steps = solve(
-        step_map, state, xs, guess, method, gradient, (t0, t0)
-    )
+    instead = short_step(inner, t0, ends[-1])
+    ys, statistics, steps = solve(step_map, state, xs, guess, method, gradient, instead)
     if parts is not None:
         ys, steps = parts.complete(y0, ys, steps)
     succeeded = jnp.ones(len(ys), bool)

@@ -160,10 +160,10 @@ class SolverStep(eqx.Module):
         return self.full(x, y).y1
 
     def coarse_step(self, first: Times, last: Times, y: State) -> State:
-        """One step over several; NaN where it by its own estimate is of no use."""
+        """One step over several; infinite where it by its own estimate is of no use."""
         (t0, _), (_, t1) = first, last
         result = self.full((t0, t1), y)
-        return jnp.where(_is_useful(y, result), result.y1, jnp.nan)
+        return jnp.where(_is_useful(y, result), result.y1, jnp.inf)
 
     def coarse_interpolate(
         self, first: Times, last: Times, x: Times, y: State
@@ -173,7 +173,7 @@ class SolverStep(eqx.Module):
         result = self.full((t0, t1), y)
         path = self.solver.interpolation_cls(t0=t0, t1=t1, **result.dense_info)
         predicted = ravel(path.evaluate(x[1]))[0]
-        return jnp.where(_is_useful(y, result), predicted, jnp.nan)
+        return jnp.where(_is_useful(y, result), predicted, jnp.inf)
 
     def full(self, x: Times, y: State) -> StepResult:
         """A step, with all that it yields."""

@@ -103,8 +103,8 @@ def initial_guess(
 ) -> States:
     """The states at the times `new`, of `path` if there is one, else of `state`.
 
-    NaN from the first time on at which nothing is known. Unless the states `is_local`,
-    on one device, those at other times are not looked up.
+    Infinite from the first time on at which nothing is known. Unless the states are
+    `is_local`, on one device, those at other times are not looked up.
     """
     flat, _ = ravel(y0)
     if path is None:
@@ -113,7 +113,7 @@ def initial_guess(
         new, old, ys = new.astype(dtype), state.ends, state.ys
         interpolate = lambda: _interpolated(state, new)
         if not is_local:
-            interpolate = lambda: jnp.full((len(new), flat.size), jnp.nan, dtype)
+            interpolate = lambda: jnp.full((len(new), flat.size), jnp.inf, dtype)
         if old.shape != new.shape:
             return interpolate().astype(flat.dtype)
         # The usual warm start, and nothing to look up.
@@ -170,9 +170,9 @@ def interpolate(
 
 
 def _interpolated(state: WindowState, new: Float[Array, " time"]) -> States:
-    """The trajectory of `state` at the times `new`; NaN where nothing is known."""
+    """The trajectory of `state` at the times `new`; infinite where nothing is known."""
     old, ys = state.ts, jnp.concatenate([state.y0[None], state.ys])
     # Half a step beyond the end is as good as at the end: `t1` may be trained.
     first, last = old[0] - (old[1] - old[0]) / 2, old[-1] + (old[-1] - old[-2]) / 2
     known = (new >= first) & (new <= last) & (old[0] < old[-1])
-    return jnp.where(known[:, None], interpolate(old, ys, new), jnp.nan)
+    return jnp.where(known[:, None], interpolate(old, ys, new), jnp.inf)

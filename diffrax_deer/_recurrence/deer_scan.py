@@ -25,7 +25,7 @@ from .._method import AbstractMethod, Newton, Sequential
 from .._prefix import at, count_leading_true, shift
 from .._ravel import ravel, rounding
 from .._solve import solve
-from .._statistics import Statistics, raise_if_failed
+from .._statistics import Statistics, nan_unless, raise_if_failed
 from .._step_map import StepMap
 from .._varying import varies
 
@@ -65,7 +65,7 @@ def _sources(jaxpr: Any, num_leaves: int) -> list[int | None]:
 
 def _nan_unless(solved: Bool[Array, " time"], tree: PyTree[Array]) -> PyTree[Array]:
     """`tree` with NaN at the steps that were not solved, where it can be."""
-    mask = jax.vmap(lambda s, x: jnp.where(s, x, jnp.nan))
+    mask = jax.vmap(nan_unless)
     is_float = eqx.is_inexact_array
     return jax.tree.map(lambda x: mask(solved, x) if is_float(x) else x, tree)
 
@@ -194,7 +194,7 @@ class _Recurrence(eqx.Module):
             gradient = default_gradient(
                 arguments, y0.size, num_steps, limit, method.sharded_scan
             )
-        flat_guess = jnp.full((num_steps, y0.size), jnp.nan, y0.dtype)
+        flat_guess = jnp.full((num_steps, y0.size), jnp.inf, y0.dtype)
         if guess is not None:
             guess = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), guess, self.init)
             smooth = eqx.filter(guess, jax.tree.map(eqx.is_inexact_array, self.init))

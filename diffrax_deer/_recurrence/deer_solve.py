@@ -23,7 +23,7 @@ from jaxtyping import Array, PyTree
 from .._checks import check_instance
 from .._custom_types import State, States
 from .._defaults import tolerance
-from .._statistics import raise_if_failed
+from .._statistics import nan_unless, raise_if_failed
 from .._step_map import split_by_tangent
 from .damped_newton import DampedNewton, Equations
 
@@ -206,7 +206,7 @@ def deer_solve(
         raise ValueError(msg)
     ys, statistics = _solve(equations, guess=guess, method=method)
     succeeded = statistics.result == optx.RESULTS.successful
-    ys = jnp.where(succeeded, ys, jnp.nan)
+    ys = nan_unless(succeeded, ys)
     if throw:
         ys = raise_if_failed(ys, statistics.result, _FAILURES)
     return (ys, statistics) if return_statistics else ys
