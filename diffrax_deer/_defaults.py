@@ -27,6 +27,10 @@ MAX_UNROLLED = 16
 # XLA's own product is the fastest on a CPU for one matrix for each step, but for these
 # sizes, where it is the slowest by far. Not measured since version 0.1.
 UNROLLED_STAGES = range(4, 7)
+# `ChunkedScan`: the steps of a chunk, and the blocks up to which it is used. Of 16 steps
+# a chunk is one kernel, as also XLA has it for its own cumulative operations; of 32 it
+# would make two. Compiling takes 1 s for D = 2, 3 s for 4, 8 s for 8. Not timed.
+CHUNK, MAX_CHUNKED = 16, 4
 # So many tangents at once: that many times the memory of one step. Not measured.
 MAX_TANGENTS = 16
 
@@ -127,6 +131,22 @@ def platform() -> str:
 def prefers_sequential_scan() -> bool:
     """Whether an affine recurrence is solved one step after another."""
     return platform() == "cpu"
+
+
+def unless(needless: Any, usual: Callable[[], Any], always: Callable[[], Any]) -> Any:
+    """`always()`, which is `usual()` where it is needless, or does no harm.
+
+    A CPU makes only one of them. Elsewhere the host would have to hear of the decision,
+    which costs as much as four to eight kernels, and each branch copies what it returns.
+    """
+    if platform() == "cpu":
+        return lax.cond(needless, usual, always)
+    return always()
+
+
+def has_all_steps() -> bool:
+    """Whether one accelerator has them: to look one up is part of a kernel, not four."""
+    return platform() != "cpu" and jax.device_count() == 1
 
 
 def prefers_sequential_steps() -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Matrix, State, VectorField
@@ -92,7 +93,9 @@ def value_and_tangents(
 
 def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
     """The value `f(y)` and the matrix of shape `(D, D)` of its derivatives, D ≥ 1."""
-    value, columns = value_and_tangents(f, y, jnp.eye(y.size, dtype=y.dtype))
+    # A constant: `jnp.eye` is a kernel.
+    units = jnp.asarray(np.eye(y.size, dtype=y.dtype))
+    value, columns = value_and_tangents(f, y, units)
     return value, columns.T
 
 

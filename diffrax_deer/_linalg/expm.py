@@ -21,10 +21,12 @@ needs: not at all on the fine grids on which a differential equation is solved.
     formulas. Paterson and Stockmeyer, SIAM J. Comput. 2 (1973): the polynomial.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable
 
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
@@ -64,14 +66,24 @@ def _scale(a: Matrix) -> tuple[Matrix, Int[Array, ""]]:
     return a * scale(half) * scale(doublings - half), doublings
 
 
-def _repeat(step: Callable, times: Int[Array, ""], init: PyTree) -> PyTree:
-    """`step` applied `times` times; unlike `lax.fori_loop`, also in reverse mode."""
+def _with_plain_loop(function: Callable) -> Callable:
+    """`function(a, kind)`, whose loop is one that has no derivative until one is asked.
+
+    The other one is, on a GPU, two loops of 32 trips, of which all are made.
+    """
+    plain = jax.custom_jvp(ft.partial(function, kind="lax"))
+    plain.defjvp(lambda *args: jax.jvp(ft.partial(function, kind="bounded"), *args))
+    return ft.wraps(function)(lambda a: plain(a))
+
+
+def _repeat(step: Callable, times: Int[Array, ""], init: PyTree, kind: str) -> PyTree:
+    """`step` applied `times` times; in reverse mode too, if the `kind` is "bounded"."""
     _, out = eqxi.while_loop(
         lambda carry: carry[0] < times,
         lambda carry: (carry[0] + 1, step(carry[1])),
         (jnp.zeros_like(times), init),
         max_steps=1024,
-        kind="bounded",
+        kind=kind,
         base=32,
     )
     return out
@@ -105,7 +117,8 @@ def _expm_2x2(a: Matrix) -> Matrix:
     return cosh * jnp.eye(2, dtype=a.dtype) + sinhc * traceless
 
 
-def expm(a: Matrix) -> Matrix:
+@_with_plain_loop
+def expm(a: Matrix, kind: str) -> Matrix:
     """The exponential of a real matrix of shape `(state, state)`, D = state.
 
     float32 and float64, differentiable in both modes. The relative error in the 1-norm
@@ -118,10 +131,11 @@ def expm(a: Matrix) -> Matrix:
     if a.shape[-1] == 2:
         return _expm_2x2(a)
     z, doublings = _scale(a)
-    return _repeat(lambda exp: matmul(exp, exp), doublings, _taylor(z, offset=0))
+    return _repeat(lambda exp: matmul(exp, exp), doublings, _taylor(z, 0), kind)
 
 
-def phi1(a: Matrix) -> Matrix:
+@_with_plain_loop
+def phi1(a: Matrix, kind: str) -> Matrix:
     """The function `(exp(a) - I) / a` of a real matrix of shape `(state, state)`.
 
     Also where `a` is singular. Accuracy as that of `expm`; cost twice that of `expm`.
@@ -136,4 +150,4 @@ def phi1(a: Matrix) -> Matrix:
     phi = _taylor(z, offset=1)
     exp = jnp.eye(a.shape[-1], dtype=a.dtype) + matmul(z, phi)
     double = lambda x: (matmul(x[0], x[0]), (matmul(x[0], x[1]) + x[1]) / 2)
-    return _repeat(double, doublings, (exp, phi))[1]
+    return _repeat(double, doublings, (exp, phi), kind)[1]
