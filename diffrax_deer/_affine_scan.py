@@ -20,7 +20,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._custom_types import State, States
-from ._defaults import CHUNK, MAX_CHUNKED, prefers_sequential_scan
+from ._defaults import (
+    CHUNK,
+    MAX_CHUNKED,
+    prefers_chunks,
+    prefers_sequential_scan,
+)
 from ._linalg.transitions import AbstractTransition, blocks_of, multiply
 from ._prefix import shift
 from ._time_axis import TimeAxis
@@ -82,7 +87,7 @@ class AssociativeScan(AbstractScan):
 
     O(N D) for diagonal transitions and O(N D b²) for blocks of size b.
 
-    The best choice on a GPU or TPU, where depth is what costs time.
+    The best choice on a TPU, and on a GPU for large states: depth is what costs time.
 
     ??? cite "Reference"
 
@@ -182,7 +187,9 @@ def compose(
 
 def default_scan() -> AbstractScan:
     """What `scan=None` means on the platform in use."""
-    return SequentialScan() if prefers_sequential_scan() else ChunkedScan()
+    if prefers_sequential_scan():
+        return SequentialScan()
+    return ChunkedScan() if prefers_chunks() else AssociativeScan()
 
 
 def transposed_scan(scan: AbstractScan, a: AbstractTransition, c: States) -> States:
@@ -209,8 +216,8 @@ def affine_recurrence(
         of leading axis `time`.
     - `b`: `(time, state)`.
     - `y0`: `(state,)`, zero if omitted.
-    - `scan`: an `AbstractScan`; `None` means `SequentialScan` on a CPU and
-        `AssociativeScan` elsewhere.
+    - `scan`: an `AbstractScan`; `None` means `SequentialScan` on a CPU, `ChunkedScan`
+        on a GPU and `AssociativeScan` on a TPU.
 
     **Returns:**
 

@@ -27,9 +27,9 @@ MAX_UNROLLED = 16
 # XLA's own product is the fastest on a CPU for one matrix for each step, but for these
 # sizes, where it is the slowest by far. Not measured since version 0.1.
 UNROLLED_STAGES = range(4, 7)
-# `ChunkedScan`: the steps of a chunk, and the blocks up to which it is used. Of 16 steps
-# a chunk is one kernel, as also XLA has it for its own cumulative operations; of 32 it
-# would make two. Compiling takes 1 s for D = 2, 3 s for 4, 8 s for 8. Not timed.
+# `ChunkedScan`: the steps of a chunk, and the size of blocks up to which it is used. XLA
+# splits longer chunks in two kernels, as it does with cumulative operations of its own.
+# To compile takes 1 s for D = 2, 3 s for 4 and 8 s for 8. Not timed.
 CHUNK, MAX_CHUNKED = 16, 4
 # So many tangents at once: that many times the memory of one step. Not measured.
 MAX_TANGENTS = 16
@@ -133,11 +133,16 @@ def prefers_sequential_scan() -> bool:
     return platform() == "cpu"
 
 
+def prefers_chunks() -> bool:
+    """Whether all steps at once means by chunks; no TPU was asked whether it can."""
+    return platform() != "tpu"
+
+
 def unless(needless: Any, usual: Callable[[], Any], always: Callable[[], Any]) -> Any:
     """`always()`, which is `usual()` where it is needless, or does no harm.
 
     A CPU makes only one of them. Elsewhere the host would have to hear of the decision,
-    which costs as much as four to eight kernels, and each branch copies what it returns.
+    which costs as much as four to eight kernels, and a branch copies what it returns.
     """
     if platform() == "cpu":
         return lax.cond(needless, usual, always)
@@ -145,8 +150,21 @@ def unless(needless: Any, usual: Callable[[], Any], always: Callable[[], Any]) -
 
 
 def has_all_steps() -> bool:
-    """Whether one accelerator has them: to look one up is part of a kernel, not four."""
+    """Whether one accelerator has them, which can then look any of them up."""
     return platform() != "cpu" and jax.device_count() == 1
+
+
+def linearizes_together() -> bool:
+    """Whether the stages of a step are linearized together, once all are known.
+
+    One stage after another needs each only once, but many times the kernels.
+    """
+    return platform() != "cpu"
+
+
+def unrolled_stages() -> range:
+    """Sizes of products between stages that are written out as sums, see above."""
+    return UNROLLED_STAGES if platform() == "cpu" else range(MAX_UNROLLED + 1)
 
 
 def prefers_sequential_steps() -> bool:
