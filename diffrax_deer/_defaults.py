@@ -27,7 +27,7 @@ MAX_UNROLLED = 16
 # XLA's own product is the fastest on a CPU for one matrix for each step, but for these
 # sizes, where it is the slowest by far. Not measured since version 0.1.
 UNROLLED_STAGES = range(4, 7)
-# `ChunkedScan`: the steps of a chunk, and the size of blocks up to which it is used. XLA
+# `ChunkedScan`: steps of a chunk, and the size of blocks up to which it is used. XLA
 # splits longer chunks in two kernels, as it does with cumulative operations of its own.
 # To compile takes 1 s for D = 2, 3 s for 4 and 8 s for 8. Not timed.
 CHUNK, MAX_CHUNKED = 16, 4
