@@ -20,13 +20,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._custom_types import State, States
-from ._defaults import (
-    CHUNK,
-    MAX_CHUNKED,
-    prefers_chunks,
-    prefers_sequential_scan,
+from ._defaults import CHUNK, MAX_CHUNKED, prefers_chunks, prefers_sequential_scan
+from ._linalg.transitions import (
+    AbstractTransition,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    multiply,
 )
-from ._linalg.transitions import AbstractTransition, blocks_of, multiply
 from ._prefix import shift
 from ._time_axis import TimeAxis
 
@@ -106,70 +107,55 @@ class AssociativeScan(AbstractScan):
 class ChunkedScan(AbstractScan):
     """Chunks of 16 steps all at once, then their ends in the same way: depth 16 log N.
 
-    As `AssociativeScan`, with 16 times the work and, on a GPU, a fifth of the kernels:
-    two for each power of 16 in N. For matrices or blocks up to 4 × 4; others are left
-    to `AssociativeScan`.
-
-    The best choice on a GPU, where small kernels cost what it takes to launch them.
+    As `AssociativeScan`, to which blocks beyond 4 × 4 are left, with 16 times the work
+    and a fifth of the kernels: the best choice on a GPU.
     """
 
     def __call__(self, a, b, *, reverse=False):
-        blocks = blocks_of(a)
-        if blocks is None or blocks.shape[-1] > MAX_CHUNKED:
+        axes = {Dense: (1,), Diagonal: (2, 3), BlockDiagonal: ()}.get(type(a))
+        blocks = a.entries if axes is None else jnp.expand_dims(a.entries, axes)
+        if axes is None or blocks.shape[-1] > MAX_CHUNKED:
             return AssociativeScan()(a, b, reverse=reverse)
         if reverse:
             blocks, b = jnp.roll(blocks, -1, axis=0)[::-1], b[::-1]
-        ys = _chunked(blocks, b.reshape(blocks.shape[:-1])).reshape(b.shape)
+        maps = jnp.concatenate([blocks, b.reshape(*blocks.shape[:-1], 1)], axis=-1)
+        ys = _chunked(maps).reshape(b.shape)
         return ys[::-1] if reverse else ys
 
 
-_Numbers = tuple[list[list[Array]], list[Array]]
+def _product(row, column):
+    """As `apply`, of numbers: a kernel that reduces knows nothing else."""
+    pairs = zip(row, column, strict=False)
+    return sum(jnp.where(y == 0, 0.0, x * y) for x, y in pairs)
 
 
-def _compose_numbers(first: _Numbers, then: _Numbers) -> _Numbers:
-    """`compose`, entry by entry: all that a kernel of a reduction knows are numbers."""
-    (a_first, b_first), (a_then, b_then) = first, then
-    each = range(len(b_first))
-    a = [[sum(row[k] * a_first[k][j] for k in each) for j in each] for row in a_then]
-    return a, [_apply_numbers(*x, b_first) for x in zip(a_then, b_then, strict=True)]
+def _compose_rows(first, then):
+    """As `compose`, of the rows `[A b]`."""
+    *columns, b = zip(*first, strict=True)
+    a = [[_product(row, column) for column in columns] for row in then]
+    return [[*x, row[-1] + _product(row, b)] for x, row in zip(a, then, strict=True)]
 
 
-def _apply_numbers(row: list[Array], b: Array, ys: list[Array]) -> Array:
-    return b + sum(jnp.where(y == 0, 0.0, x * y) for x, y in zip(row, ys, strict=True))
-
-
-def _chunked(
-    a: Float[Array, "time blocks size size"], b: Float[Array, "time blocks size"]
-) -> Float[Array, "time blocks size"]:
+def _chunked(maps: Float[Array, "time blocks size size+1"]) -> Array:
     """Each chunk as if it were alone, then what the ones before it add to it."""
-    num_steps, size = len(b), b.shape[-1]
+    num_steps, size = len(maps), maps.shape[-2]
     length = min(CHUNK, num_steps)
-    one, zero = np.eye(2, dtype=b.dtype)[0]
-    identity = [[one if i == j else zero for j in range(size)] for i in range(size)]
-    identity = identity, [zero] * size
-
-    def cut(x):
-        # Nothing comes behind what is filled up.
-        padding = (0, -num_steps % length, 0), *[(0, 0, 0)] * (x.ndim - 1)
-        return lax.pad(x, zero, padding).reshape(-1, length, *x.shape[1:])
-
-    chunks, ends = cut(a), cut(b)
-    chunks = [[chunks[..., i, j] for j in range(size)] for i in range(size)]
-    chunks = chunks, [ends[..., i] for i in range(size)]
-    # `lax.reduce_window` keeps the order, as StableHLO demands: a monoid is enough.
-    window, before = (1, length, 1), ((0, 0), (length - 1, 0), (0, 0))
-    a_all, ys = lax.reduce_window(
-        chunks, identity, _compose_numbers, window, (1, 1, 1), before
-    )
+    missing = (0, -num_steps % length, 0), *[(0, 0, 0)] * 3
+    chunks = lax.pad(maps, np.zeros((), maps.dtype), missing)
+    chunks = chunks.reshape(-1, length, *maps.shape[1:])
+    split = lambda x: [[x[..., i, j] for j in range(size + 1)] for i in range(size)]
+    one = split(np.eye(size, size + 1, dtype=maps.dtype))
+    # In order, as StableHLO demands for any monoid.
+    windows = (1, length, 1), (1, 1, 1), ((0, 0), (length - 1, 0), (0, 0))
+    rows = lax.reduce_window(split(chunks), one, _compose_rows, *windows)
+    ys = [row[-1] for row in rows]
     if num_steps > length:
-        last = lambda x: x[:, -1]
-        ends = jnp.stack([jnp.stack([*map(last, row)], -1) for row in a_all], -2)
-        starts = _chunked(ends, jnp.stack([*map(last, ys)], -1))
+        ends = [jnp.stack([x[:, -1] for x in row], axis=-1) for row in rows]
+        starts = _chunked(jnp.stack(ends, axis=-2))
         starts = shift(jnp.zeros_like(starts[0]), starts)[:, None]
         starts = [starts[..., i] for i in range(size)]
-        pairs = zip(a_all, ys, strict=True)
-        ys = [_apply_numbers(row, y, starts) for row, y in pairs]
-    return jnp.stack(ys, -1).reshape(-1, *b.shape[1:])[:num_steps]
+        ys = [row[-1] + _product(row, starts) for row in rows]
+    return jnp.stack(ys, axis=-1).reshape(-1, *maps.shape[1:-1])[:num_steps]
 
 
 def apply(a: AbstractTransition, y: State) -> State:

@@ -139,14 +139,11 @@ def prefers_chunks() -> bool:
 
 
 def unless(needless: Any, usual: Callable[[], Any], always: Callable[[], Any]) -> Any:
-    """`always()`, which is `usual()` where it is needless, or does no harm.
+    """`usual()` if it is needless to make `always()`, which is no worse.
 
-    A CPU makes only one of them. Elsewhere the host would have to hear of the decision,
-    which costs as much as four to eight kernels, and a branch copies what it returns.
+    To hear of a decision costs the host of a GPU as much as four to eight kernels.
     """
-    if platform() == "cpu":
-        return lax.cond(needless, usual, always)
-    return always()
+    return lax.cond(needless, usual, always) if platform() == "cpu" else always()
 
 
 def has_all_steps() -> bool:
@@ -154,21 +151,8 @@ def has_all_steps() -> bool:
     return platform() != "cpu" and jax.device_count() == 1
 
 
-def linearizes_together() -> bool:
-    """Whether the stages of a step are linearized together, once all are known.
-
-    One stage after another needs each only once, but many times the kernels.
-    """
-    return platform() != "cpu"
-
-
-def unrolled_stages() -> range:
-    """Sizes of products between stages that are written out as sums, see above."""
-    return UNROLLED_STAGES if platform() == "cpu" else range(MAX_UNROLLED + 1)
-
-
 def prefers_sequential_steps() -> bool:
-    """Whether the steps of a solver are made one after another."""
+    """Whether steps are made, and their stages linearized, one after another."""
     return platform() == "cpu"
 
 

@@ -31,13 +31,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import IntScalarLike, State, States
-from ._defaults import (
-    GROWTH_FLOOR,
-    MAX_GROWTH,
-    RATE_SAFETY,
-    SMALL_RESIDUAL,
-    unless,
-)
+from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL, unless
 from ._linalg.transitions import are_finite, zero_unless
 from ._predictor import ConstantPredictor
 from ._prefix import at, count_leading_true, hold_last, max_norm, select, shift

@@ -18,10 +18,10 @@ def shift(y0: State, ys: States) -> States:
 
 
 def at(x: Shaped[Array, "time ..."], index: IntScalarLike) -> Shaped[Array, "..."]:
-    """`x[index]`, zero beyond the end.
+    """`x[index]`, as a sum, of which each of several devices has a part.
 
-    As a sum, of which each of several devices has a part; but `x` itself is looked up
-    where it holds no numbers, as keys.
+    A number, zero beyond the end: `x` itself is looked up where it holds others, as
+    keys.
     """
     if not jnp.issubdtype(x.dtype, jnp.number):
         return x[index]

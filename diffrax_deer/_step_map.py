@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._custom_types import Matrix, State, VectorField
@@ -93,9 +92,7 @@ def value_and_tangents(
 
 def value_and_jacobian(f: VectorField, y: State) -> tuple[State, Matrix]:
     """The value `f(y)` and the matrix of shape `(D, D)` of its derivatives, D ≥ 1."""
-    # A constant: `jnp.eye` is a kernel.
-    units = jnp.asarray(np.eye(y.size, dtype=y.dtype))
-    value, columns = value_and_tangents(f, y, units)
+    value, columns = value_and_tangents(f, y, jnp.eye(y.size, dtype=y.dtype))
     return value, columns.T
 
 

@@ -21,12 +21,11 @@ needs: not at all on the fine grids on which a differential equation is solved.
     formulas. Paterson and Stockmeyer, SIAM J. Comput. 2 (1973): the polynomial.
 """
 
-import functools as ft
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox.internal as eqxi
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
@@ -66,18 +65,8 @@ def _scale(a: Matrix) -> tuple[Matrix, Int[Array, ""]]:
     return a * scale(half) * scale(doublings - half), doublings
 
 
-def _with_plain_loop(function: Callable) -> Callable:
-    """`function(a, kind)`, whose loop is one that has no derivative until one is asked.
-
-    The other one is, on a GPU, two loops of 32 trips, of which all are made.
-    """
-    plain = jax.custom_jvp(ft.partial(function, kind="lax"))
-    plain.defjvp(lambda *args: jax.jvp(ft.partial(function, kind="bounded"), *args))
-    return ft.wraps(function)(lambda a: plain(a))
-
-
-def _repeat(step: Callable, times: Int[Array, ""], init: PyTree, kind: str) -> PyTree:
-    """`step` applied `times` times; in reverse mode too, if the `kind` is "bounded"."""
+def _repeat(step: Callable, times: Int[Array, ""], init: PyTree, kind: Any) -> PyTree:
+    """`step` applied `times` times, in reverse mode too if the `kind` is "bounded"."""
     _, out = eqxi.while_loop(
         lambda carry: carry[0] < times,
         lambda carry: (carry[0] + 1, step(carry[1])),
@@ -117,25 +106,25 @@ def _expm_2x2(a: Matrix) -> Matrix:
     return cosh * jnp.eye(2, dtype=a.dtype) + sinhc * traceless
 
 
-@_with_plain_loop
-def expm(a: Matrix, kind: str) -> Matrix:
+def expm(a: Matrix, kind: Any = "bounded") -> Matrix:
     """The exponential of a real matrix of shape `(state, state)`, D = state.
 
     float32 and float64, differentiable in both modes. The relative error in the 1-norm
     is a small multiple of rounding times the condition number of the exponential, which
     is at least the norm of `a`. Cost: a few products of D × D matrices and one more for
-    each doubling of the norm beyond 0.6.
+    each doubling of the norm beyond 0.6, in a loop of equinox's `kind`: "lax" if there
+    is nothing to differentiate, as a "bounded" one is of 1000 trips on a GPU.
     """
     if a.shape[-1] == 1:
         return jnp.exp(a)
     if a.shape[-1] == 2:
         return _expm_2x2(a)
     z, doublings = _scale(a)
-    return _repeat(lambda exp: matmul(exp, exp), doublings, _taylor(z, 0), kind)
+    square = lambda exp: matmul(exp, exp)
+    return _repeat(square, doublings, _taylor(z, offset=0), kind)
 
 
-@_with_plain_loop
-def phi1(a: Matrix, kind: str) -> Matrix:
+def phi1(a: Matrix) -> Matrix:
     """The function `(exp(a) - I) / a` of a real matrix of shape `(state, state)`.
 
     Also where `a` is singular. Accuracy as that of `expm`; cost twice that of `expm`.
@@ -150,4 +139,4 @@ def phi1(a: Matrix, kind: str) -> Matrix:
     phi = _taylor(z, offset=1)
     exp = jnp.eye(a.shape[-1], dtype=a.dtype) + matmul(z, phi)
     double = lambda x: (matmul(x[0], x[0]), (matmul(x[0], x[1]) + x[1]) / 2)
-    return _repeat(double, doublings, (exp, phi), kind)[1]
+    return _repeat(double, doublings, (exp, phi), "bounded")[1]

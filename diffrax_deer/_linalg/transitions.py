@@ -108,15 +108,6 @@ class BlockDiagonal(AbstractTransition):
         return BlockDiagonal(jnp.where(mask, 0.0, self.entries))
 
 
-_AXES: dict[type, tuple[int, ...]] = {Dense: (1,), Diagonal: (2, 3), BlockDiagonal: ()}
-
-
-def blocks_of(a: AbstractTransition) -> Float[Array, "time blocks size size"] | None:
-    """The diagonal blocks of all transitions, if that is what they consist of."""
-    axes = _AXES.get(type(a))
-    return None if axes is None else jnp.expand_dims(a.entries, axes)
-
-
 def multiply(a: AbstractTransition, ys: States) -> States:
     """The products of all transitions, of leading axis `time`, with all of `ys`."""
     return jax.vmap(lambda a, y: a.matvec(y))(a, ys)
