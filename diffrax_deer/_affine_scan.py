@@ -21,13 +21,7 @@ from jaxtyping import Array, Float
 
 from ._custom_types import State, States
 from ._defaults import CHUNK, MAX_CHUNKED, prefers_chunks, prefers_sequential_scan
-from ._linalg.transitions import (
-    AbstractTransition,
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    multiply,
-)
+from ._linalg.transitions import AbstractTransition, Dense, multiply
 from ._prefix import shift
 from ._time_axis import TimeAxis
 
@@ -107,26 +101,21 @@ class AssociativeScan(AbstractScan):
 class ChunkedScan(AbstractScan):
     """Chunks of 16 steps all at once, then their ends in the same way: depth 16 log N.
 
-    As `AssociativeScan`, to which blocks beyond 4 × 4 are left, with 16 times the work
-    and a fifth of the kernels: the best choice on a GPU.
+    As `AssociativeScan`, to which all but dense transitions up to 4 × 4 are left, with
+    16 times the work and a fifth of the kernels: the best choice on a GPU.
     """
 
     def __call__(self, a, b, *, reverse=False):
-        axes = {Dense: (1,), Diagonal: (2, 3), BlockDiagonal: ()}.get(type(a))
-        blocks = a.entries if axes is None else jnp.expand_dims(a.entries, axes)
-        if axes is None or blocks.shape[-1] > MAX_CHUNKED:
+        if type(a) is not Dense or b.shape[-1] > MAX_CHUNKED:
             return AssociativeScan()(a, b, reverse=reverse)
-        if reverse:
-            blocks, b = jnp.roll(blocks, -1, axis=0)[::-1], b[::-1]
-        maps = jnp.concatenate([blocks, b.reshape(*blocks.shape[:-1], 1)], axis=-1)
-        ys = _chunked(maps).reshape(b.shape)
-        return ys[::-1] if reverse else ys
+        maps = jnp.roll(a.entries, -1, axis=0) if reverse else a.entries
+        maps = jnp.concatenate([maps, b[..., None]], axis=-1)
+        return _chunked(maps[::-1])[::-1] if reverse else _chunked(maps)
 
 
 def _product(row, column):
     """As `apply`, of numbers: a kernel that reduces knows nothing else."""
-    pairs = zip(row, column, strict=False)
-    return sum(jnp.where(y == 0, 0.0, x * y) for x, y in pairs)
+    return sum(jnp.where(y == 0, 0.0, x * y) for x, y in zip(row, column, strict=False))
 
 
 def _compose_rows(first, then):
@@ -136,26 +125,25 @@ def _compose_rows(first, then):
     return [[*x, row[-1] + _product(row, b)] for x, row in zip(a, then, strict=True)]
 
 
-def _chunked(maps: Float[Array, "time blocks size size+1"]) -> Array:
+def _chunked(maps: Float[Array, "time state state+1"]) -> States:
     """Each chunk as if it were alone, then what the ones before it add to it."""
-    num_steps, size = len(maps), maps.shape[-2]
+    num_steps, size, _ = maps.shape
     length = min(CHUNK, num_steps)
-    missing = (0, -num_steps % length, 0), *[(0, 0, 0)] * 3
+    missing = (0, -num_steps % length, 0), (0, 0, 0), (0, 0, 0)
     chunks = lax.pad(maps, np.zeros((), maps.dtype), missing)
-    chunks = chunks.reshape(-1, length, *maps.shape[1:])
+    chunks = chunks.reshape(-1, length, size, size + 1)
     split = lambda x: [[x[..., i, j] for j in range(size + 1)] for i in range(size)]
     one = split(np.eye(size, size + 1, dtype=maps.dtype))
     # In order, as StableHLO demands for any monoid.
-    windows = (1, length, 1), (1, 1, 1), ((0, 0), (length - 1, 0), (0, 0))
+    windows = (1, length), (1, 1), ((0, 0), (length - 1, 0))
     rows = lax.reduce_window(split(chunks), one, _compose_rows, *windows)
     ys = [row[-1] for row in rows]
     if num_steps > length:
         ends = [jnp.stack([x[:, -1] for x in row], axis=-1) for row in rows]
         starts = _chunked(jnp.stack(ends, axis=-2))
-        starts = shift(jnp.zeros_like(starts[0]), starts)[:, None]
-        starts = [starts[..., i] for i in range(size)]
+        starts = shift(jnp.zeros_like(starts[0]), starts).T[..., None]
         ys = [row[-1] + _product(row, starts) for row in rows]
-    return jnp.stack(ys, axis=-1).reshape(-1, *maps.shape[1:-1])[:num_steps]
+    return jnp.stack(ys, axis=-1).reshape(-1, size)[:num_steps]
 
 
 def apply(a: AbstractTransition, y: State) -> State:

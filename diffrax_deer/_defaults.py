@@ -27,9 +27,8 @@ MAX_UNROLLED = 16
 # XLA's own product is the fastest on a CPU for one matrix for each step, but for these
 # sizes, where it is the slowest by far. Not measured since version 0.1.
 UNROLLED_STAGES = range(4, 7)
-# `ChunkedScan`: steps of a chunk, and the size of blocks up to which it is used. XLA
-# splits longer chunks in two kernels, as it does with cumulative operations of its own.
-# To compile takes 1 s for D = 2, 3 s for 4 and 8 s for 8. Not timed.
+# `ChunkedScan`: steps of a chunk, of which XLA splits longer ones, and the largest D:
+# compiled in 1 s for D = 2, in 3 s for 4, in 8 s for 8. Not timed.
 CHUNK, MAX_CHUNKED = 16, 4
 # So many tangents at once: that many times the memory of one step. Not measured.
 MAX_TANGENTS = 16

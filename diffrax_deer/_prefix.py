@@ -20,8 +20,7 @@ def shift(y0: State, ys: States) -> States:
 def at(x: Shaped[Array, "time ..."], index: IntScalarLike) -> Shaped[Array, "..."]:
     """`x[index]`, as a sum, of which each of several devices has a part.
 
-    A number, zero beyond the end: `x` itself is looked up where it holds others, as
-    keys.
+    Zero beyond the end. `x` itself is looked up where it holds no numbers, but keys.
     """
     if not jnp.issubdtype(x.dtype, jnp.number):
         return x[index]

@@ -120,8 +120,7 @@ def expm(a: Matrix, kind: Any = "bounded") -> Matrix:
     if a.shape[-1] == 2:
         return _expm_2x2(a)
     z, doublings = _scale(a)
-    square = lambda exp: matmul(exp, exp)
-    return _repeat(square, doublings, _taylor(z, offset=0), kind)
+    return _repeat(lambda x: matmul(x, x), doublings, _taylor(z, offset=0), kind)
 
 
 def phi1(a: Matrix) -> Matrix:

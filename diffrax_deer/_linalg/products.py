@@ -42,12 +42,3 @@ def matvec(
     if x.shape[-1] <= MAX_UNROLLED:
         return jnp.sum(a * x[None, :], axis=-1)
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
-
-
-def vecmat(
-    x: Float[Array, " rows"], a: Float[Array, "rows columns"]
-) -> Float[Array, " columns"]:
-    """The product of a vector and a small matrix."""
-    if x.shape[-1] <= MAX_UNROLLED:
-        return jnp.sum(a * x[:, None], axis=0)
-    return jnp.matmul(x, a, precision=lax.Precision.HIGHEST)

@@ -144,10 +144,9 @@ class Partition(eqx.Module):
         field = jax.jit(lambda t, z: self.whole.product_at(x)(t, self._from_zero(z)))
         nodes = [jnp.asarray(time_of(c, x)) for c in tableau.c]
         states = [stage_state(row, z, ks) for row in tableau.a]
-        if prefers_sequential_steps():
-            ks = list(map(field, nodes, states))
-        else:
-            ks = list(jax.vmap(field)(jnp.stack(nodes), jnp.stack(states)))
+        together = lambda f, *args: jax.vmap(f)(*map(jnp.stack, args))
+        each = map if prefers_sequential_steps() else together
+        ks = list(each(field, nodes, states))
         return self.whole.finish(self._from_zero(z), ks, result)
 
     def step_map(self, z: Coupled) -> StepMap:
