@@ -175,10 +175,8 @@ class NewtonIteration(eqx.Module):
             self.step_map, self.y0, self.xs, window.ys, window.num_trusted
         )
         complete = eqxi.unvmap_all(window.num_trusted == size)
-        costs_nothing = isinstance(self.options.predictor, ConstantPredictor)
-        ys = (unless if costs_nothing else lax.cond)(
-            complete, lambda: window.ys, predict
-        )
+        is_free = isinstance(self.options.predictor, ConstantPredictor)
+        ys = (unless if is_free else lax.cond)(complete, lambda: window.ys, predict)
         images = jax.vmap(self.step_map.step)(self.xs, shift(self.y0, ys))
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted
