@@ -158,8 +158,8 @@ def prefers_sequential_steps() -> bool:
 def predicts_by_coarse_steps() -> bool:
     """Whether a guess is made by coarse steps, one after another.
 
-    Elsewhere each is 8 to 25 kernels: N / 3 of them cost as much as 11 iterations of a
-    perceptron, N = 128, and save 2; 45 of FitzHugh-Nagumo, N = 1000, and save 33.
+    Elsewhere each is 8 to 25 kernels: N / 3 of them cost as much as 16 iterations of a
+    perceptron, N = 128, and save 2; 81 of FitzHugh-Nagumo, N = 1000, and save 33.
     Counted by `experiments.kernels`, `results/kernels`; not timed.
     """
     return platform() == "cpu"
