@@ -10,6 +10,7 @@ from ._advise import Advice as Advice, advise as advise
 from ._affine_scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,
+    ChunkedScan as ChunkedScan,
     SequentialScan as SequentialScan,
     affine_recurrence as affine_recurrence,
 )

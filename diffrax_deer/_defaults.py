@@ -27,6 +27,9 @@ MAX_UNROLLED = 16
 # XLA's own product is the fastest on a CPU for one matrix for each step, but for these
 # sizes, where it is the slowest by far. Not measured since version 0.1.
 UNROLLED_STAGES = range(4, 7)
+# `ChunkedScan`: steps of a chunk, of which XLA splits longer ones, and the largest D:
+# compiled in 1 s for D = 2, in 3 s for 4, in 8 s for 8. Not timed.
+CHUNK, MAX_CHUNKED = 16, 4
 # So many tangents at once: that many times the memory of one step. Not measured.
 MAX_TANGENTS = 16
 
@@ -132,16 +135,34 @@ def prefers_sequential_scan() -> bool:
     return platform() == "cpu"
 
 
+def prefers_chunks() -> bool:
+    """Whether all steps at once means by chunks; no TPU was asked whether it can."""
+    return platform() != "tpu"
+
+
+def unless(needless: Any, usual: Callable[[], Any], always: Callable[[], Any]) -> Any:
+    """`usual()` if it is needless to make `always()`, which is no worse.
+
+    To hear of a decision costs the host of a GPU as much as four to eight kernels.
+    """
+    return lax.cond(needless, usual, always) if platform() == "cpu" else always()
+
+
+def has_all_steps() -> bool:
+    """Whether one accelerator has them, which can then look any of them up."""
+    return platform() != "cpu" and jax.device_count() == 1
+
+
 def prefers_sequential_steps() -> bool:
-    """Whether the steps of a solver are made one after another."""
+    """Whether steps are made, and their stages linearized, one after another."""
     return platform() == "cpu"
 
 
 def predicts_by_coarse_steps() -> bool:
     """Whether a guess is made by coarse steps, one after another.
 
-    Elsewhere each is 8 to 25 kernels: N / 3 of them cost as much as 11 iterations of a
-    perceptron, N = 128, and save 2; 45 of FitzHugh-Nagumo, N = 1000, and save 33.
+    Elsewhere each is 8 to 25 kernels: N / 3 of them cost as much as 16 iterations of a
+    perceptron, N = 128, and save 2; 81 of FitzHugh-Nagumo, N = 1000, and save 33.
     Counted by `experiments.kernels`, `results/kernels`; not timed.
     """
     return platform() == "cpu"

@@ -129,7 +129,7 @@ class ParallelGradient(AbstractGradient):
     **Arguments:**
 
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan()` on a
-        CPU and `AssociativeScan()` elsewhere.
+        CPU, `ChunkedScan()` on a GPU.
     """
 
     scan: AbstractScan | None = None

@@ -123,7 +123,7 @@ class PiecewiseConstant(AbstractLinearization):
             raise TypeError(msg)
         middle = (y_prev + y_next) / 2
         _, jacobian = value_and_jacobian(lambda y: increment(x, y), middle)
-        return Dense(expm(jacobian))
+        return Dense(expm(jacobian, kind="lax"))
 
 
 class DiagonalJacobian(AbstractLinearization):

@@ -73,7 +73,7 @@ class Newton(AbstractMethod):
     - `linearization`: the transitions. `None` means `PiecewiseConstant()` for explicit
         solvers of one vector field, `FullJacobian()` otherwise.
     - `scan`: how the affine recurrence is solved. `None` means `SequentialScan()` on a
-        CPU and `AssociativeScan()` elsewhere.
+        CPU, `ChunkedScan()` on a GPU.
     - `predictor`: where there is no guess, or none that can be trusted. `None` means
         `CoarsePredictor()` for differential equations on a CPU, `ConstantPredictor()`
         for recurrences and elsewhere, where steps one after another cost the most.

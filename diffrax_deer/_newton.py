@@ -31,8 +31,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import IntScalarLike, State, States
-from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL
+from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL, unless
 from ._linalg.transitions import are_finite, zero_unless
+from ._predictor import ConstantPredictor
 from ._prefix import at, count_leading_true, hold_last, max_norm, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
@@ -173,8 +174,9 @@ class NewtonIteration(eqx.Module):
         predict = lambda: self.options.predictor(
             self.step_map, self.y0, self.xs, window.ys, window.num_trusted
         )
-        incomplete = eqxi.unvmap_any(window.num_trusted < size)
-        ys = lax.cond(incomplete, predict, lambda: window.ys)
+        complete = eqxi.unvmap_all(window.num_trusted == size)
+        is_free = isinstance(self.options.predictor, ConstantPredictor)
+        ys = (unless if is_free else lax.cond)(complete, lambda: window.ys, predict)
         images = jax.vmap(self.step_map.step)(self.xs, shift(self.y0, ys))
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted
@@ -214,7 +216,7 @@ class NewtonIteration(eqx.Module):
         residuals = max_norm(images - window.ys)
         idle = (window.num_final == size) | lost | exhausted
         update = lambda: equations._update(window, images)
-        new = lax.cond(eqxi.unvmap_all(idle), lambda: window, update)
+        new = unless(eqxi.unvmap_all(idle), lambda: window, update)
         window = select(idle, window, new)
 
         steps = jax.tree.map(put, steps, window)

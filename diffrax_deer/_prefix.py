@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from ._custom_types import IntScalarLike, State, States
+from ._defaults import has_all_steps
 
 
 def shift(y0: State, ys: States) -> States:
@@ -17,12 +18,14 @@ def shift(y0: State, ys: States) -> States:
 
 
 def at(x: Shaped[Array, "time ..."], index: IntScalarLike) -> Shaped[Array, "..."]:
-    """`x[index]` as a sum, of which each of several devices has a part.
+    """`x[index]`, as a sum, of which each of several devices has a part.
 
-    A number: `x` itself is looked up where it holds others, as keys.
+    Zero beyond the end. `x` itself is looked up where it holds no numbers, but keys.
     """
     if not jnp.issubdtype(x.dtype, jnp.number):
         return x[index]
+    if has_all_steps():
+        return x.at[index].get(mode="fill", fill_value=0)
     here = jnp.expand_dims(jnp.arange(len(x)) == index, range(1, x.ndim))
     return jnp.sum(jnp.where(here, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ._checks import explained
 from ._custom_types import State, States
+from ._defaults import unless
 from ._gradient import AbstractGradient, Solution, mask_unsolved
 from ._method import AbstractMethod
 from ._prefix import at, count_leading_true, hold_last, select, shift
@@ -61,7 +62,7 @@ def evaluation_points(
 
     # To look for what is hardly ever needed costs as much as a step of the solver.
     complete = eqxi.unvmap_all(num_solved == len(ys))
-    return lax.cond(complete, lambda: points, filled)
+    return unless(complete, lambda: points, filled)
 
 
 @eqx.filter_custom_jvp

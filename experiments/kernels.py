@@ -11,9 +11,15 @@ once and in each iteration. The number of iterations is measured on this machine
 import dataclasses
 import functools as ft
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Read when they are imported: by equinox, whose errors at run time need a device to be
+# compiled, and by the plugin, which need not find one.
+os.environ["EQX_ON_ERROR"] = "off"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 import equinox as eqx
 import jax
@@ -181,8 +187,8 @@ def _iterations(task: Task) -> int | None:
 def _estimate(found: dict[str, Any], iterations: int | None) -> list[float] | None:
     """The least and the most milliseconds, as far as the trips of all loops are known.
 
-    A loop whose trips the compiler does not know is taken to be Newton's iteration; a
-    loop within it, the prediction, to run once.
+    A loop whose trips the compiler does not know is taken to be Newton's iteration, and
+    one within it, of the matrix exponential, to find that nothing is left to do.
     """
     if found["unknown_loops"] and (found["unknown_loops"] > 1 or not iterations):
         return None
@@ -209,7 +215,8 @@ def _count(cell: Cell, method: str) -> dict[str, Any]:
         )
         found["estimate"] = [cell.num_steps * trip(*way) / 1000 for way in ways]
     else:
-        found["estimate"] = _estimate(found, iterations)
+        known = cell.num_steps is not None
+        found["estimate"] = _estimate(found, iterations) if known else None
     return found
 
 

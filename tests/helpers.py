@@ -22,6 +22,7 @@ from diffrax_deer import (
     AbstractScan,
     AssociativeScan,
     BlockDiagonalJacobian,
+    ChunkedScan,
     ConstantPredictor,
     DEERAdjoint,
     DEERSolver,
@@ -54,6 +55,7 @@ linearizations: dict[str, AbstractLinearization] = {
 scans: dict[str, AbstractScan] = {
     "sequential": SequentialScan(),
     "associative": AssociativeScan(),
+    "chunked": ChunkedScan(),
 }
 methods: dict[str, AbstractMethod] = {"newton": Newton(), "sequential": Sequential()}
 gradients: dict[str, AbstractGradient] = {

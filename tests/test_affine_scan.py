@@ -207,7 +207,8 @@ def test_hessians_in_every_order_of_modes_are_those_of_the_loop():
 
 
 @pytest.mark.parametrize(
-    ("scan", "structure"), [("sequential", "dense"), ("associative", "blocks")]
+    ("scan", "structure"),
+    [("sequential", "dense"), ("associative", "blocks"), ("chunked", "dense")],
 )
 def test_any_argument_can_be_batched(scan, structure):
     batched = _problem(structure, 5, batch=(3,))

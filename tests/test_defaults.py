@@ -14,6 +14,7 @@ from jax import lax
 import diffrax_deer._defaults as defaults
 from diffrax_deer import (
     AssociativeScan,
+    ChunkedScan,
     CoarsePredictor,
     ConstantPredictor,
     DEERAdjoint,
@@ -25,6 +26,7 @@ from diffrax_deer import (
     SequentialGradient,
     SequentialScan,
     StepMap,
+    WholeInterval,
     affine_recurrence,
     deer_scan,
 )
@@ -90,7 +92,7 @@ def test_choices_on_a_cpu():
 
 @pytest.mark.usefixtures("accelerated")
 def test_choices_elsewhere():
-    assert default_scan() == AssociativeScan()
+    assert default_scan() == ChunkedScan()
     assert _predictor() == ConstantPredictor()
     # As long as the Jacobians of all steps fit into memory: 2**30 entries.
     assert default_method(2**20, 32) == Newton()
@@ -202,6 +204,45 @@ def test_windows_of_a_controller_on_an_accelerator_have_the_same_derivatives():
     one_by_one = DEERSolver(num_steps=4, **named)
     (expected, _), reference = run(one_by_one, diffrax.RecursiveCheckpointAdjoint())
     assert relative_error((found, slope), (expected, reference)) < 1e-11
+
+
+@pytest.mark.usefixtures("accelerated")
+def test_second_derivatives_on_an_accelerator_are_those_of_the_steps():
+    y0 = jnp.array([1.0, -0.5])
+
+    def loss(rate, **options: Any):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, r: jnp.sin(r * y[::-1] + t)),
+            DEERSolver(diffrax.Heun(), num_steps=3, **options),
+            0.0,
+            1.0,
+            None,
+            y0,
+            rate,
+            stepsize_controller=WholeInterval(),
+            adjoint=DEERAdjoint(),
+        )
+        return jnp.sum(jnp.asarray(sol.ys) ** 2)
+
+    one_by_one = {"method": Sequential(), "gradient": SequentialGradient()}
+    found, expected = (
+        jax.jit(jax.hessian(lambda r, o=o: loss(r, **o)))(jnp.array(1.3))
+        for o in ({}, one_by_one)
+    )
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.usefixtures("accelerated")
+def test_sample_that_fails_on_an_accelerator_leaves_the_others_alone():
+    step_map = StepMap(lambda x, y: jnp.where(y < 2, x * y, jnp.nan))
+    xs, y0s = jnp.full(9, 1.25), jnp.array([[0.1], [1.0]])
+    solve = lambda y0: solved(step_map, y0, xs, method=Newton())
+    ys, statistics = jax.jit(jax.vmap(solve))(y0s)
+    powers = 1.25 ** np.arange(1, 10)
+    np.testing.assert_allclose(ys[0, :, 0], 0.1 * powers, rtol=1e-14)
+    # 1.25**4 is the first beyond 2.
+    np.testing.assert_allclose(ys[1, :4, 0], powers[:4], rtol=1e-14)
+    assert statistics.num_solved.tolist() == [9, 4]
 
 
 # ---- Batches ----

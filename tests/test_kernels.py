@@ -4,7 +4,8 @@ from experiments.common.described_gpu import Program, parse
 from experiments.kernels import exceeded
 
 # A kernel, a loop of three trips of two kernels, and a loop of unknown length: one
-# kernel, a library call, a branch of one kernel and one of a loop of five trips.
+# kernel, a library call, a branch of one kernel and one of a loop of five trips and
+# another one of unknown length.
 _TEXT = """
 %five (a: f32[2]) -> f32[2] {
   %a = f32[2]{0} parameter(0)
@@ -19,7 +20,8 @@ _TEXT = """
   ROOT %f.4 = f32[2]{0} fusion(%a), kind=kLoop, calls=%x
 }
 %no (a: f32[2]) -> f32[2] {
-  ROOT %w.1 = f32[2]{0} while(%a), body=%five, k={"known_trip_count":{"n":"5"}}
+  %w.0 = f32[2]{0} while(%a), condition=%y, body=%five
+  ROOT %w.1 = f32[2]{0} while(%w.0), body=%five, k={"known_trip_count":{"n":"5"}}
 }
 %unknown (a: f32[2]) -> f32[2] {
   %f.5 = f32[2]{0} fusion(%a), kind=kLoop, calls=%x
@@ -40,7 +42,7 @@ def test_counts_of_a_program():
         "once": 1 + 3 * 2,
         "iteration": 1 + 1 + 1,
         "in_loops": 5,
-        "round_trips": 2,
+        "round_trips": 3,
         "unknown_loops": 1,
         "longest_loop": 5,
         "library_calls": 1,

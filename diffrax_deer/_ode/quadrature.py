@@ -33,6 +33,7 @@ from .._custom_types import (
     States,
     Y,
 )
+from .._defaults import prefers_sequential_steps
 from .._prefix import shift
 from .._ravel import Unravel, ravel
 from .._step_map import StepMap
@@ -131,7 +132,7 @@ class Partition(eqx.Module):
     def _full(self, x: Times, z: Coupled) -> StepResult:
         """The whole step from `z` and from q of zero."""
         tableau = tableau_of(self.coupled.solver)
-        if tableau is None or tableau.is_explicit:
+        if tableau is None or (tableau.is_explicit and prefers_sequential_steps()):
             return self.whole.full(x, self._from_zero(z))
         return self._full_by_stages(x, z)
 
@@ -143,7 +144,9 @@ class Partition(eqx.Module):
         field = jax.jit(lambda t, z: self.whole.product_at(x)(t, self._from_zero(z)))
         nodes = [jnp.asarray(time_of(c, x)) for c in tableau.c]
         states = [stage_state(row, z, ks) for row in tableau.a]
-        ks = list(map(field, nodes, states))
+        together = lambda f, *args: jax.vmap(f)(*map(jnp.stack, args))
+        each = map if prefers_sequential_steps() else together
+        ks = list(each(field, nodes, states))
         return self.whole.finish(self._from_zero(z), ks, result)
 
     def step_map(self, z: Coupled) -> StepMap:

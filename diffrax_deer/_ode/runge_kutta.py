@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._custom_types import Matrix, RealScalarLike, State
-from .._defaults import UNROLLED_STAGES
+from .._defaults import MAX_UNROLLED, UNROLLED_STAGES, prefers_sequential_steps
 from .._step_map import split_by_tangent, value_and_jacobian
 
 Times = tuple[RealScalarLike, RealScalarLike]
@@ -106,7 +106,8 @@ def stage_state(row: Weights, y: State, ks: Sequence[State]) -> State:
 
 def _product(a: Matrix, x: State) -> State:
     """The product of a small matrix and a vector, in full precision."""
-    if x.size in UNROLLED_STAGES:
+    large = x.size > MAX_UNROLLED
+    if x.size in UNROLLED_STAGES or not (large or prefers_sequential_steps()):
         return sum((a[:, k] * x[k] for k in range(1, x.size)), start=a[:, 0] * x[0])
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
 
@@ -177,17 +178,23 @@ def _(primals, tangents, *, tableau):
         _, matrix = value_and_jacobian(ft.partial(push, drivers_dot, t_dot), y)
         return k, matrix, source
 
-    ks, result = [], diffrax.RESULTS.successful
-    if solve is not None:
+    ks, result, all_at_once = [], diffrax.RESULTS.successful, None
+    if solve is not None or not prefers_sequential_steps():
         ks, result = solve_stages(field, solve, x, y, tableau=tableau)
+    if not prefers_sequential_steps():
+        states = jnp.stack([stage_state(row, y, ks) for row in tableau.a])
+        points = jnp.stack(times), states, drivers_dot, jnp.stack(times_dot)
+        all_at_once = jax.vmap(linearize, (None, 0, 0, None, 0))(drivers, *points)
     y_dot = fill(y, y_dot)
     ks_dot: list[Array] = []
     for i, row in enumerate(tableau.a):
-        state = stage_state(row, y, ks)
-        t, t_dot = times[i], times_dot[i]
-        k, matrix, source = linearize(drivers, t, state, drivers_dot, t_dot)
+        points = times[i], stage_state(row, y, ks), drivers_dot, times_dot[i]
+        if all_at_once is None:
+            k, matrix, source = linearize(drivers, *points)
+        else:
+            k, matrix, source = (x[i] for x in all_at_once)
         # With the Jacobians come the values of explicit stages.
-        ks = [*ks, k] if solve is None else ks
+        ks = [*ks, k] if len(ks) == i else ks
         k_dot = _product(matrix, stage_state(row, y_dot, ks_dot)) + source
         if row[i] != 0:
             left = jnp.eye(y.size, dtype=y.dtype) - row[i] * matrix
