@@ -382,7 +382,8 @@ def test_no_solved_step_of_a_grid_has_no_derivative_even_at_a_singular_state(gra
         term = diffrax.ODETerm(lambda t, y, rate: rate + jnp.sqrt(y))
         inner = DEERSolver(diffrax.Heun()).inner_step(term, y0, rate)
         method, guess = Given(jnp.array(0)), constant_guess(y0, 3)
-        solution = solve_grid(inner, jnp.zeros(4), y0, guess, method, gradient)
+        nodes = jnp.zeros(()), jnp.zeros(3)
+        solution = solve_grid(inner, nodes, y0, guess, method, gradient)
         return jnp.where(solution.statistics.num_solved == 0, 0, solution.ys[-1, 0])
 
     for derivative in (jax.grad, jax.jacfwd):

@@ -55,8 +55,7 @@ def between(ends: Float[Array, " ends"], parts: Parts) -> Nodes:
     """The nodes at these parts of each window, constants for a derivative."""
     parts = lax.stop_gradient(parts[:, 1:]).astype(ends.dtype)
     first, last = _sides(ends)
-    ts = (first * (1 - parts) + last * parts).reshape(-1)
-    return ends[0], ts
+    return ends[0], (first * (1 - parts) + last * parts).reshape(-1)
 
 
 class AbstractGrid(eqx.Module):
@@ -98,8 +97,7 @@ class AbstractGrid(eqx.Module):
         - `y0`: the initial state, `(state,)`.
         - `state`: of the solve before.
 
-        Returns where the first step begins, and where all of them end,
-        `(windows * N,)`, with a derivative for `ends` alone.
+        Returns the first node and the others, `(windows * N,)`, functions of `ends`.
         """
         del inner, y0
         parts = self.fractions(num_steps)
