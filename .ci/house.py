@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.layering import PACKAGE, depths, modules, rank
 
 # The goal is 6000 lines.
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 7440, 300, 50, 10
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 7570, 300, 50, 10
 _PRESCRIBED = {"adapt_step_size", "init", "loop", "step"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

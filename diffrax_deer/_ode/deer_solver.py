@@ -260,8 +260,7 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, WindowState | Memory, diffrax.RESULTS]:
         """Solves one window; arguments and result as for any diffrax solver."""
-        result = self.solve_window(terms, t0, t1, y0, args, solver_state, made_jump)
-        return result[:-1]
+        return self.solve_window(terms, t0, t1, y0, args, solver_state, made_jump)[:-1]
 
     def solve_window(self, terms, t0, t1, y0, args, solver_state, made_jump) -> Any:
         """The same as `step`, and the `Statistics`."""
@@ -279,7 +278,8 @@ class DEERSolver(diffrax.AbstractAdaptiveSolver[WindowState]):
         ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
         trajectory, state = self.solve_windows(inner, ends, y0, solver_state)
         y1, error = unravel(trajectory.ys[-1]), optional(trajectory.largest_error())
-        dense_info = {"ts": state.ts, "infos": trajectory.dense_infos}
+        ts = jnp.concatenate([trajectory.starts[:1], trajectory.ends])
+        dense_info = {"ts": ts, "infos": trajectory.dense_infos}
         result = trajectory.result()
         return y1, error, dense_info, state, result, trajectory.statistics
 

@@ -55,7 +55,7 @@ def no_window(
 ) -> WindowState:
     """Before the first window: a trajectory that stays at `t0`."""
     # Of the floating type that the times will have.
-    t0 = jnp.linspace(t0, t0, 1)[0]
+    t0 = jnp.linspace(t0, t0, 2)[0]
     ends = jnp.broadcast_to(t0, num_steps)
     ys = jnp.broadcast_to(y0, (num_steps, y0.size))
     state = WindowState(t0, ends, y0, ys, jnp.array(0, int))
