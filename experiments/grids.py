@@ -512,8 +512,9 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
 
 def precision_table(results: dict[str, Any]) -> str:
     """One line for each problem and tolerance: errors relative to the controller's."""
-    rows = []
-    names = ("cold_1", "cold_2", "warm")
+    rows, names = [], ("cold_1", "cold_2", "warm")
+    # Results of before there was a walk have none.
+    is_walked = all("walk" in cell["errors"] for cell in results["cells"])
     for cell in results["cells"]:
         errors = cell["errors"]
         row = [cell["title"], f"{cell['tolerance']:.0e}", str(cell["num_accepted"])]
@@ -521,12 +522,13 @@ def precision_table(results: dict[str, Any]) -> str:
         found = [cell["equal"][0]["error"], *(errors[name] for name in names)]
         # Steps that are too long may end in numbers without a meaning.
         ratios = [math.inf if x is None else x / errors["pid"] for x in found]
-        ratios += [errors["walk"][name] or math.inf for name in ("median", "largest")]
+        walk = errors["walk"] if is_walked else {}
+        ratios += [walk[name] or math.inf for name in ("median", "largest") if walk]
         row += [f"{x:.2g}×" if x < 1e9 else "failed" for x in ratios]
-        rows.append([*row, str(errors["walk"]["num_cold"])])
+        rows.append([*row, str(walk["num_cold"])] if walk else row)
     head = ("problem", "tolerance", "steps, PID", "N", "error, PID", "equal steps")
     passes = ("cold, 1 pass", "cold, 2 passes", "warm")
-    walk = ("walk, median", "walk, worst", "cold starts")
+    walk = ("walk, median", "walk, worst", "cold starts") if is_walked else ()
     return format_table((*head, *passes, *walk), rows)
 
 
