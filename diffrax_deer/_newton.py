@@ -33,7 +33,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import IntScalarLike, State, States
 from ._defaults import GROWTH_FLOOR, MAX_GROWTH, RATE_SAFETY, SMALL_RESIDUAL, unless
 from ._linalg.transitions import are_finite, zero_unless
-from ._predictor import ConstantPredictor
 from ._prefix import at, count_leading_true, hold_last, max_norm, select, shift
 from ._statistics import Statistics
 from ._step_map import StepMap
@@ -175,8 +174,8 @@ class NewtonIteration(eqx.Module):
             self.step_map, self.y0, self.xs, window.ys, window.num_trusted
         )
         complete = eqxi.unvmap_all(window.num_trusted == size)
-        is_free = isinstance(self.options.predictor, ConstantPredictor)
-        ys = (unless if is_free else lax.cond)(complete, lambda: window.ys, predict)
+        choose = unless if self.options.predictor.is_free else lax.cond
+        ys = choose(complete, lambda: window.ys, predict)
         images = jax.vmap(self.step_map.step)(self.xs, shift(self.y0, ys))
         # Without another iteration to come the estimate, which needs two, is not asked.
         solved = (window.errors <= 1) | exhausted

@@ -6,7 +6,7 @@ and most often end close by.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -22,7 +22,12 @@ from ._step_map import StepMap
 
 
 class AbstractPredictor(eqx.Module):
-    """What stands in for a guess. The answer and its gradient do not depend on it."""
+    """What stands in for a guess. The answer and its gradient do not depend on it.
+
+    - `is_free`: whether to predict costs less than to decide that it is not needed.
+    """
+
+    is_free: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(
@@ -49,6 +54,8 @@ class AbstractPredictor(eqx.Module):
 
 class ConstantPredictor(AbstractPredictor):
     """The last known state; from a cold start that is y0 everywhere. Costs nothing."""
+
+    is_free: ClassVar[bool] = True
 
     def __call__(self, step_map, y0, xs, ys, num_known):
         del step_map, xs

@@ -58,10 +58,9 @@ def no_window(
     t0 = jnp.linspace(t0, t0, 2)[0]
     ends = jnp.broadcast_to(t0, num_steps)
     ys = jnp.broadcast_to(y0, (num_steps, y0.size))
-    state = WindowState(t0, ends, y0, ys, jnp.array(0, int))
-    if measures_errors:
-        errors = jnp.zeros(num_steps, y0.dtype), jnp.zeros((), y0.dtype)
-        state = WindowState(t0, ends, y0, ys, state.num_iterations, *errors)
+    zeros = lambda *shape: jnp.zeros(shape, y0.dtype)
+    errors = (zeros(num_steps), zeros()) if measures_errors else ()
+    state = WindowState(t0, ends, y0, ys, jnp.array(0, int), *errors)
     return lax.stop_gradient(state)
 
 
